@@ -1,0 +1,58 @@
+"""Operators with one implementation per backend.
+
+PyTorch's dispatcher chooses by device; here the caller chooses, since Triton's interpreter and PyTorch both serve CPU
+tensors. So every operator takes `str backend` as its last argument, and looks its implementation up by that name. An
+implementation is named as "module:function" and imported on first use: no backend costs anything until it is called.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+NAMESPACE = "fastdpo"
+
+
+def define(
+    name: str,
+    schema: str,
+    fake: Callable[..., Any],
+    implementations: Mapping[str, str],
+    *,
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+) -> torch._ops.OpOverload:
+    """Register `torch.ops.fastdpo.<name>` and return it.
+
+    Args:
+        schema: as torch.library takes it; the last argument is `str backend`.
+        fake: shapes and dtypes of the outputs from those of the inputs; raises where they do not fit.
+        implementations: backend → "module:function". The function takes the operator's arguments less the backend.
+        backward, setup_context: as for `torch.library.register_autograd`. Without them the operator has no derivative
+            and raises when one is asked for, which is how a second derivative is refused.
+    """
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    def call(*args: Any) -> Any:
+        # What the fake refuses is refused before any launch
+        *inputs, backend = args
+        if backend not in implementations:
+            raise ValueError(f"backend={backend!r} does not implement {name}; it has {', '.join(implementations)}.")
+        return _load(implementations[backend])(*inputs)
+
+    torch.library.impl(qualified, "default", call)
+    torch.library.register_fake(qualified, fake)
+    if backward is not None:
+        torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+@functools.cache
+def _load(path: str) -> Callable[..., Any]:
+    module, _, function = path.partition(":")
+    return getattr(importlib.import_module(module), function)
