@@ -39,20 +39,21 @@ def _why_no_triton() -> str:
 
 
 @torch.compiler.assume_constant_result
-def resolve_backend(backend: str = "auto", device: torch.device | None = None) -> str:
+def resolve_backend(backend: str = "auto", device: torch.device | None = None, dtype: torch.dtype | None = None) -> str:
     """The backend that serves `backend` for tensors on `device` (default: the GPU if there is one, else the CPU).
 
-    "auto" is `FASTDPO_BACKEND` if that is set, else triton for tensors on a GPU that it supports, else torch.
+    "auto" is `FASTDPO_BACKEND` if that is set, else triton for tensors on a GPU that it supports, else torch. Triton's
+    kernels compute in float32, so float64 is torch's.
 
     Raises:
-        ValueError: the backend is unknown, cannot run here, or cannot serve tensors on `device`.
+        ValueError: the backend is unknown, cannot run here, or cannot serve tensors on `device` or of `dtype`.
     """
     reasons = backends()
     on_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
     named = "backend"
     if backend == "auto":
         if ENVIRONMENT not in os.environ:
-            return "triton" if on_gpu and not reasons["triton"] else "torch"
+            return "triton" if on_gpu and dtype != torch.float64 and not reasons["triton"] else "torch"
         backend, named = os.environ[ENVIRONMENT], ENVIRONMENT
     if backend not in reasons:
         raise ValueError(f"{named}={backend!r} is unknown; accepted are auto, {', '.join(reasons)}.")
@@ -63,4 +64,6 @@ def resolve_backend(backend: str = "auto", device: torch.device | None = None) -
             f"{named}='triton' cannot serve tensors on {device or 'cpu'}: it needs them on a GPU, or {INTERPRET}=1 set "
             "before the kernels are imported. Use backend='auto'."
         )
+    if backend == "triton" and dtype == torch.float64:
+        raise ValueError(f"{named}='triton' computes in float32 and cannot serve float64 tensors; use backend='torch'.")
     return backend

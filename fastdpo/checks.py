@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastdpo.losses import F_DIVERGENCES, LOSSES, Loss, LossTerm
 
+STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 BETA_SCOPES = ("batch", "instance")
 BETA_VARIANTS = ("released", "paper")
 
@@ -109,6 +110,82 @@ def check_pair_tensors(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; all pair tensors are (B,), as chosen_logps.")
 
 
+#: The most pairs of one batch that a triton kernel holds.
+MAX_TRITON_PAIRS = 4096
+
+
+def check_preference_tensors(
+    pairs: Mapping[str, Tensor | None],
+    *,
+    beta: Tensor | None = None,
+    keep: Tensor | None = None,
+    backend: str = "torch",
+) -> None:
+    """Check the tensors of the loss operators (`fastdpo.ops.preference_loss.PairTensors`), without reading any value.
+
+    Raises:
+        TypeError: log-probs that are not floating point, boundaries that are not int64, or float64 for triton.
+        ValueError: shapes or devices that do not fit, or more pairs than triton's kernels hold.
+    """
+    chosen, boundaries = pairs["chosen"], pairs["boundaries"]
+    assert chosen is not None
+    per_token = boundaries is not None
+    first = "token_logps" if per_token else "chosen_logps"
+    named = {first: chosen, "boundaries": boundaries, "beta": beta, "keep": keep}
+    for name in ("rejected", "ref_chosen", "ref_rejected"):
+        named[f"{name}_logps"] = pairs[name]
+    named |= {name: pairs[name] for name in ("chosen_lengths", "rejected_lengths", "pair_weights", "sft_logps")}
+    if per_token and pairs["ref_rejected"] is None:
+        named["ref_token_logps"] = named.pop("ref_chosen_logps")
+    if boundaries is not None and (boundaries.dim() != 1 or boundaries.shape[0] % 2 == 0):
+        raise ValueError(f"boundaries has shape {tuple(boundaries.shape)}; pass (2B + 1,), B chosen rows first.")
+    if boundaries is not None and boundaries.dtype != torch.int64:
+        raise TypeError(f"boundaries has dtype {boundaries.dtype}; pass int64.")
+    if chosen.dim() != 1:
+        raise ValueError(f"{first} has shape {tuple(chosen.shape)}; pass one dimension.")
+    num_pairs = chosen.shape[0] if boundaries is None else (boundaries.shape[0] - 1) // 2
+    for name, tensor in named.items():
+        if tensor is None:
+            continue
+        if tensor.device != chosen.device:
+            raise ValueError(f"{name} is on {tensor.device} and {first} on {chosen.device}; put them on one device.")
+        if name.endswith("logps") and not tensor.is_floating_point():
+            raise TypeError(f"{name} has dtype {tensor.dtype}; pass a floating-point type.")
+        if name == "boundaries" or (name == "beta" and tensor.dim() == 0):
+            continue
+        per_token = name in ("token_logps", "ref_token_logps")
+        expected = tuple(chosen.shape) if per_token else (num_pairs,)
+        if tensor.dim() != 1 or tensor.shape[0] != expected[0]:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; {expected} is needed, as {first} says.")
+    check_triton(first, chosen, num_pairs, backend)
+
+
+def check_plan_tensors(margins: Tensor, m0: Tensor, sigma: Tensor, step: Tensor, *, backend: str = "torch") -> None:
+    """Check the tensors of dynamic β's operators, as `check_preference_tensors` does the losses'."""
+    if margins.dim() != 1 or margins.shape[0] == 0:
+        raise ValueError(f"margins have shape {tuple(margins.shape)}; pass one margin per pair, of at least one pair.")
+    if not margins.is_floating_point():
+        raise TypeError(f"margins have dtype {margins.dtype}; pass a floating-point type.")
+    for name, tensor in (("m0", m0), ("sigma", sigma), ("step", step)):
+        if tensor.dim() != 0:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; pass a 0-D tensor.")
+        if tensor.device != margins.device:
+            raise ValueError(f"{name} is on {tensor.device} and the margins on {margins.device}; move the module.")
+    if step.dtype != torch.int64:
+        raise TypeError(f"step has dtype {step.dtype}; pass int64.")
+    check_triton("margins", margins, margins.shape[0], backend)
+
+
+def check_triton(name: str, tensor: Tensor, num_pairs: int, backend: str) -> None:
+    if backend == "triton" and tensor.dtype == torch.float64:
+        raise TypeError(f"{name} is float64; the triton kernels compute in float32. Use backend='torch'.")
+    if backend == "triton" and num_pairs > MAX_TRITON_PAIRS:
+        raise ValueError(
+            f"{name}: {num_pairs} pairs in one batch; the triton kernels hold up to {MAX_TRITON_PAIRS}. "
+            "Use backend='torch'."
+        )
+
+
 def check_sorted_losses(
     terms: Sequence[LossTerm], beta: Tensor, shape: torch.Size, pair_weights: Tensor | None
 ) -> None:
@@ -149,3 +226,15 @@ def check_dynamic_beta_options(
         raise ValueError(f"variant={variant!r} is unknown; choose one of {', '.join(BETA_VARIANTS)}.")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed} must be in [0, 2**63).")
+
+
+def check_head_options(stats: Sequence[str], *, temperature: float, logit_scale: float, softcap: float | None) -> None:
+    """Raise ValueError for an option of `linear_logprob` that is unknown or out of range."""
+    if unknown := sorted(set(stats) - set(STATS)):
+        raise ValueError(f"stats={unknown} are unknown; choose among {', '.join(STATS)}.")
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"softcap={softcap} must be positive and finite, or None for no cap.")
+    if not 0.0 < temperature < math.inf:
+        raise ValueError(f"temperature={temperature} must be positive and finite; 1.0 leaves the logits as they are.")
+    if not math.isfinite(logit_scale):
+        raise ValueError(f"logit_scale={logit_scale} must be finite; 1.0 leaves the logits as they are.")

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastdpo.checks import check_dynamic_beta_options
-from fastdpo.reference import BetaPlan, BetaState, dynamic_beta
+from fastdpo.checks import check_dynamic_beta_options, check_plan_tensors
+from fastdpo.ops.preference_loss import PlanOptions, as_plan, plan_batch, serving_backend
+from fastdpo.reference import BetaPlan, BetaState
 
 
 class DynamicBeta(nn.Module):
@@ -28,6 +29,7 @@ class DynamicBeta(nn.Module):
         scope: "batch" for one β, "instance" for one per pair.
         variant: "released" as the authors' code, "paper" as the paper's formulas.
         seed: of the filter's draws, which depend on nothing but it, the step and the pair's index.
+        backend: "auto", "torch" or "triton"; all draw the same.
 
     Raises:
         ValueError: a setting is out of range.
@@ -47,6 +49,7 @@ class DynamicBeta(nn.Module):
         scope: str = "batch",
         variant: str = "released",
         seed: int = 0,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         self.options: dict[str, Any] = {
@@ -60,6 +63,7 @@ class DynamicBeta(nn.Module):
             "seed": seed,
         }
         check_dynamic_beta_options(**self.options)
+        self.backend = backend
         self.register_buffer("m0", torch.zeros((), dtype=torch.float32))
         self.register_buffer("sigma", torch.zeros((), dtype=torch.float32))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
@@ -74,9 +78,16 @@ class DynamicBeta(nn.Module):
         """The statistics, 0-D: m0 and sigma in float32, step in int64."""
         return BetaState(self.m0, self.sigma, self.step)
 
+    def packed_options(self) -> tuple[list[str], list[float], int]:
+        """The settings as operators take them."""
+        return PlanOptions(**self.options, training=self.training).packed()
+
     def plan(self, margins: Tensor) -> BetaPlan:
         """Plan the batch of these (N,) margins without changing the state."""
-        return dynamic_beta(margins, self.state, training=self.training, **self.options)
+        margins = margins.detach()
+        check_plan_tensors(margins, *self.state)
+        backend = serving_backend(self.backend, margins, margins.shape[0])
+        return as_plan(plan_batch(margins, *self.state, *self.packed_options(), backend))
 
     @torch.no_grad()
     def commit(self, plan: BetaPlan) -> None:
@@ -96,18 +107,11 @@ class DynamicBeta(nn.Module):
             The plan of the global batch, pairs ordered by rank, with this rank's part of `keep` (and of an
             instance-level `beta`), (B,). Every rank draws the same.
         """
-        margins = margins.detach()
-        rank, gathered = 0, margins
-        if process_group is not None:
-            rank = dist.get_rank(process_group)
-            parts = [torch.empty_like(margins) for _ in range(dist.get_world_size(process_group))]
-            dist.all_gather(parts, margins.contiguous(), group=process_group)
-            gathered = torch.cat(parts)
+        gathered, first_pair = gather_margins(margins.detach(), process_group)
         plan = self.plan(gathered)
         if self.training:
             self.commit(plan)
-        mine = slice(rank * margins.numel(), (rank + 1) * margins.numel())
-        return plan._replace(keep=plan.keep[mine], beta=plan.beta[mine] if plan.beta.dim() else plan.beta)
+        return plan_of(plan, slice(first_pair, first_pair + margins.numel()))
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
@@ -115,3 +119,17 @@ class DynamicBeta(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynamicBeta:
         # .half() and .to(dtype) move the statistics but leave their dtype: 16 bits cannot hold a running mean
         return super()._apply(lambda t: fn(t).to(t.dtype), recurse)
+
+
+def gather_margins(margins: Tensor, process_group: dist.ProcessGroup | None) -> tuple[Tensor, int]:
+    """The margins of all ranks, ordered by rank, and where this rank's begin. Every rank has as many."""
+    if process_group is None:
+        return margins, 0
+    parts = [torch.empty_like(margins) for _ in range(dist.get_world_size(process_group))]
+    dist.all_gather(parts, margins.contiguous(), group=process_group)
+    return torch.cat(parts), dist.get_rank(process_group) * margins.numel()
+
+
+def plan_of(plan: BetaPlan, pairs: slice) -> BetaPlan:
+    """The plan with the `keep` and the β of these pairs alone."""
+    return plan._replace(keep=plan.keep[pairs], beta=plan.beta[pairs] if plan.beta.dim() else plan.beta)

@@ -6,11 +6,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 from fastdpo import reference
 from fastdpo.backends import resolve_backend
+from fastdpo.checks import check_head_options
+from fastdpo.ops.linear_logprob import check_head_tensors
+from fastdpo.ops.selective_logprob import check_logits, check_overwritable
+from fastdpo.preference import preference_loss as preference_loss
+from fastdpo.preference import token_preference_loss as token_preference_loss
 
 Result = TypeVar("Result")
 
@@ -24,6 +32,113 @@ def _with_backend(function: Callable[..., Result]) -> Callable[..., Result]:
     return call
 
 
-linear_logprob = _with_backend(reference.linear_logprob)
-preference_loss = _with_backend(reference.preference_loss)
-selective_logprob = _with_backend(reference.selective_logprob)
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int | None = -100,
+    backend: str = "auto",
+    stats: Sequence[str] = (),
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """Log-probs of the targets under the head, without its logits: z = (h Wᵀ + b)·logit_scale, capped, /temperature.
+
+    Rows with `ignore_index` never reach a GEMM. A frozen head costs one GEMM of 2·N·H·V FLOPs, or two if `hidden` needs
+    a gradient, whose backward then costs none; a trainable weight or bias recomputes the logits in the backward. Above
+    inputs and outputs a tile of logits (`fastdpo.ops.tiles`) is in memory, whatever V is.
+
+    Args:
+        hidden: (..., H), floating point.
+        weight: (V, H).
+        targets: (...), int64 in [0, V) or `ignore_index`. Checked on a CPU; on a GPU only if FASTDPO_CHECK_TARGETS=1,
+            as that waits for the device: there such a row becomes NaN.
+        bias: (V,).
+        softcap: bound of the logits, softcap·tanh(·/softcap), as in Gemma 2; None for none.
+        ignore_index: the target of rows to leave out; None if there are none, which saves a GPU a wait for their count.
+        backend: "auto", "torch" or "triton".
+        stats: names of further outputs, over the distribution that is scored: "entropy" in nats, "mean_logits" over
+            the vocabulary, "is_top1" (bool; the first of equal logits counts), "log_sum_sq_probs" = log Σ_v p_v². They
+            carry no gradient.
+
+    Returns:
+        (...) log-probs in float32 (float64 for float64), 0 where ignored; with `stats`, also {name: (...)}, 0 or False
+        where ignored. A second derivative raises.
+
+    Raises:
+        ValueError, TypeError: an option, shape, dtype, device or target that does not fit, named with its value.
+    """
+    check_head_options(stats, temperature=temperature, logit_scale=logit_scale, softcap=softcap)
+    check_head_tensors(hidden, weight, bias, targets)
+    frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
+    logps, _, _, values = torch.ops.fastdpo.linear_logprob(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        targets.reshape(-1),
+        ignore_index,
+        float(logit_scale),
+        float(temperature),
+        None if softcap is None else float(softcap),
+        _gemm_dtype(hidden, weight),
+        hidden.requires_grad and frozen and torch.is_grad_enabled(),
+        True,
+        list(stats),
+        resolve_backend(backend, hidden.device, torch.promote_types(hidden.dtype, weight.dtype)),
+    )
+    logps = logps.view(targets.shape)
+    if not stats:
+        return logps
+    named = dict(zip(stats, values.view(len(stats), *targets.shape).unbind(), strict=True))
+    return logps, {name: value.bool() if name == "is_top1" else value for name, value in named.items()}
+
+
+def _gemm_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """What the GEMM's operands are rounded to: autocast's dtype where that is on, as for torch's own linear."""
+    device = hidden.device.type
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and dtype != torch.float64 else dtype
+
+
+def selective_logprob(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int | None = -100,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    inplace_backward: bool = False,
+) -> Tensor:
+    """log softmax(logits / temperature)[target] of logits that exist already; `linear_logprob` never builds them.
+
+    The logits are read once, in any strides (logits[:, :-1] is not copied), and once more in the backward. Memory above
+    the inputs: the gradient, which `inplace_backward` saves, and with the torch backend a block of rows.
+
+    Args:
+        logits: (..., V), floating point.
+        targets: (...), int64 in [0, V) or `ignore_index`. Checked on a CPU; on a GPU only if FASTDPO_CHECK_TARGETS=1,
+            as that waits for the device: there such a row becomes NaN.
+        ignore_index: the target of rows that score 0, with gradient 0, whatever their logits; None if there are none.
+        backend: "auto", "torch" or "triton".
+        inplace_backward: the backward overwrites the logits with their gradient. They may then be read no more, nor the
+            backward be repeated; what autograd can see of that raises. Under torch.compile nothing is overwritten, as
+            memory is the compiler's there.
+
+    Returns:
+        (...) log-probs in float32 (float64 for float64), 0 where ignored. A second derivative raises.
+
+    Raises:
+        ValueError, TypeError: an option, a shape, a dtype, a device or a target that does not fit, with its value.
+        RuntimeError: in the backward, if `inplace_backward` meets retain_graph or create_graph.
+    """
+    check_head_options((), temperature=temperature, logit_scale=1.0, softcap=None)
+    check_logits(logits, targets)
+    operator = torch.ops.fastdpo.selective_logprob
+    if inplace_backward and not torch.compiler.is_compiling():
+        check_overwritable(logits)
+        operator = torch.ops.fastdpo.selective_logprob_inplace_backward
+    logps, _ = operator(logits, targets, ignore_index, float(temperature), resolve_backend(backend, logits.device))
+    return logps

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
@@ -90,7 +90,7 @@ class Loss:
         needs_lengths: reads the completions' lengths.
         uses_beta: β scales it, so that dynamic β acts on it.
         couples_batch: a pair's loss depends on the other pairs, so it cannot be computed on a part of the batch.
-        sorts_batch: the coupling is a sort; such a loss takes neither pair weights nor one β per pair.
+        matches: what is matched between pairs by rank before the formula, see `rank_matching`; "" for nothing.
         uses_label_smoothing: reads ε, the assumed share of flipped labels.
         supports_f_divergence: acts on the scores s_w, s_l, so that other divergences than the reverse KL fit.
         gap: "sum", or "mean" where the loss acts on length-normalised gaps: the margin that dynamic β follows.
@@ -104,11 +104,16 @@ class Loss:
     needs_lengths: bool = False
     uses_beta: bool = True
     couples_batch: bool = False
-    sorts_batch: bool = False
+    matches: Literal["", "reference", "rejected"] = ""
     uses_label_smoothing: bool = False
     supports_f_divergence: bool = False
     gap: Literal["sum", "mean"] = "sum"
     parameters: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def sorts_batch(self) -> bool:
+        """The batch is matched by rank; such a loss takes neither pair weights nor one β per pair."""
+        return self.matches != ""
 
 
 class LossTerm(NamedTuple):
@@ -163,29 +168,13 @@ def _sppo_hard(b: PairBatch) -> Tensor:
     return (b.chosen_log_ratios - 0.5 / b.beta) ** 2 + (b.rejected_log_ratios + 0.5 / b.beta) ** 2
 
 
-def _match_ranks(values: Tensor, others: Tensor, keep: Tensor) -> Tensor:
-    """For each kept pair, the kept entry of `others` that has the rank of its own entry among the kept `values`.
-
-    Dropped pairs get the key +inf, so the first num_kept ranks on both sides belong to the kept pairs. Values stay
-    with the pair that owns them: unlike a plain sort, this needs no scatter back, and gradients flow to both sides.
-    """
-
-    def order(x: Tensor) -> Tensor:
-        return torch.argsort(torch.where(keep, x.detach(), math.inf), stable=True)
-
-    ranks = torch.argsort(order(values), stable=True)
-    return others[order(others)[ranks]]
-
-
 def _aot(b: PairBatch) -> Tensor:
-    policy, reference = b.chosen_logps - b.rejected_logps, b.ref_chosen_logps - b.ref_rejected_logps
-    delta = policy - _match_ranks(policy, reference, b.keep)
-    return _smoothed_logistic(b.beta * delta, b.label_smoothing)
+    gaps = (b.chosen_logps - b.rejected_logps) - (b.ref_chosen_logps - b.ref_rejected_logps)
+    return _smoothed_logistic(b.beta * gaps, b.label_smoothing)
 
 
 def _aot_unpaired(b: PairBatch) -> Tensor:
-    delta = b.chosen_log_ratios - _match_ranks(b.chosen_log_ratios, b.rejected_log_ratios, b.keep)
-    return _smoothed_logistic(b.beta * delta, b.label_smoothing)
+    return _smoothed_logistic(b.beta * (b.chosen_log_ratios - b.rejected_log_ratios), b.label_smoothing)
 
 
 def _apo_zero(b: PairBatch) -> Tensor:
@@ -264,13 +253,20 @@ _TABLE = (
     Loss("robust", _robust, "Robust DPO, 2403.00409", uses_label_smoothing=True, supports_f_divergence=True),
     Loss("bco_pair", _bco_pair, "BCO, 2404.04656, without the running δ"),
     Loss("sppo_hard", _sppo_hard, "SPPO, 2405.00675 eq. 4.7 with P = 1 for the winner and 0 for the loser"),
-    Loss("aot", _aot, "AOT, 2406.05882, paired", couples_batch=True, sorts_batch=True, uses_label_smoothing=True),
+    Loss(
+        "aot",
+        _aot,
+        "AOT, 2406.05882, paired",
+        couples_batch=True,
+        matches="reference",
+        uses_label_smoothing=True,
+    ),
     Loss(
         "aot_unpaired",
         _aot_unpaired,
         "AOT, 2406.05882, unpaired",
         couples_batch=True,
-        sorts_batch=True,
+        matches="rejected",
         uses_label_smoothing=True,
     ),
     Loss("apo_zero", _apo_zero, "APO, 2408.06266 eq. 7"),
@@ -329,6 +325,48 @@ _TABLE = (
     ),
 )
 LOSSES: dict[str, Loss] = {loss.name: loss for loss in _TABLE}
+
+
+def rank_matching(
+    matches: str,
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    keep: Tensor,
+) -> Tensor:
+    """The pair that each pair takes its partner values from, in a loss that sorts the batch. All (B,) → (B,) int64.
+
+    "reference": the policy's gap meets the reference's gap of equal rank (AOT, paired). "rejected": the chosen
+    log-ratio meets the rejected log-ratio of equal rank. Ranks count kept pairs only; dropped ones come last on both
+    sides, so they match among themselves. Ties are broken by index. Values stay with the pair that owns them: unlike a
+    plain sort, this needs no scatter back.
+    """
+    if matches == "reference":
+        values, others = chosen_logps - rejected_logps, ref_chosen_logps - ref_rejected_logps
+    else:
+        values, others = chosen_logps - ref_chosen_logps, rejected_logps - ref_rejected_logps
+
+    def order(x: Tensor) -> Tensor:
+        return torch.argsort(torch.where(keep, x.detach(), math.inf), stable=True)
+
+    ranks = torch.argsort(order(values), stable=True)
+    return order(others)[ranks]
+
+
+def match_by_rank(loss: Loss, b: PairBatch) -> PairBatch:
+    """The batch with the sides that `loss` matches permuted, so that its formula acts pair by pair."""
+    if not loss.sorts_batch:
+        return b
+    partner = rank_matching(
+        loss.matches, b.chosen_logps, b.rejected_logps, b.ref_chosen_logps, b.ref_rejected_logps, b.keep
+    )
+    if loss.matches == "reference":
+        return replace(
+            b, ref_chosen_logps=b.ref_chosen_logps[partner], ref_rejected_logps=b.ref_rejected_logps[partner]
+        )
+    return replace(b, rejected_logps=b.rejected_logps[partner], ref_rejected_logps=b.ref_rejected_logps[partner])
+
 
 #: f-divergence → its parameters with defaults.
 F_DIVERGENCES: dict[str, Mapping[str, float]] = {

@@ -16,27 +16,28 @@ from torch import Tensor
 
 from fastdpo.checks import (
     check_dynamic_beta_options,
+    check_head_options,
     check_loss_inputs,
     check_loss_options,
     check_pair_tensors,
     check_sorted_losses,
 )
-from fastdpo.losses import LOSSES, PairBatch, divergence_scores
+from fastdpo.losses import LOSSES, PairBatch, divergence_scores, match_by_rank
 from fastdpo.rng import gumbel
 
-STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 #: Least running spread: equal models give margins without any.
 SIGMA_FLOOR = 1e-6
 
 
 class PreferenceOutput(NamedTuple):
-    """What `preference_loss` returns. The last three carry no gradient and cover dropped pairs too."""
+    """What `preference_loss` returns. Rewards and margins carry no gradient and cover dropped pairs too."""
 
     loss: Tensor  # 0-D, or (B,) with reduction="none"
     losses: Tensor  # (B,), 0 for dropped pairs
     chosen_rewards: Tensor  # (B,)
     rejected_rewards: Tensor  # (B,)
     margins: Tensor  # (B,), see `preference_gap`
+    plan: BetaPlan | None = None  # where `beta` was a `DynamicBeta`
 
 
 class BetaState(NamedTuple):
@@ -108,12 +109,7 @@ def linear_logprob(
     Raises:
         ValueError: an unknown stat, a softcap or temperature that is not positive, or shapes that do not fit.
     """
-    if unknown := sorted(set(stats) - set(STATS)):
-        raise ValueError(f"stats={unknown} are unknown; choose among {', '.join(STATS)}.")
-    if softcap is not None and not softcap > 0.0:
-        raise ValueError(f"softcap={softcap} must be positive, or None for no cap.")
-    if not temperature > 0.0:
-        raise ValueError(f"temperature={temperature} must be positive; 1.0 leaves the logits as they are.")
+    check_head_options(stats, temperature=temperature, logit_scale=logit_scale, softcap=softcap)
     if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(
             f"hidden (..., H), weight (V, H) and targets (...) do not fit: "
@@ -321,7 +317,10 @@ def preference_loss(
         num_kept=num_kept,
         label_smoothing=label_smoothing,
     )
-    losses = sum((weight * loss.formula(batch, **parameters) for loss, weight, parameters in terms), start=zeros)
+    losses = sum(
+        (weight * loss.formula(match_by_rank(loss, batch), **parameters) for loss, weight, parameters in terms),
+        start=zeros,
+    )
     if pair_weights is not None:
         losses = losses * pair_weights.detach().to(chosen.dtype)
     losses = torch.where(keep, losses, 0.0)

@@ -19,28 +19,32 @@ _MASK = 0xFFFFFFFF
 UNIFORM_SCALE = 4.6566127342e-10
 
 
-def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a·b for 32-bit a and b, by 16-bit halves of b: no product leaves int64."""
-    high, low = a * (b >> 16), a * (b & 0xFFFF)
-    return (high + (low >> 16)) >> 16, (((high & 0xFFFF) << 16) + low) & _MASK
-
-
 def philox_word(seed: int, c0: Tensor, c1: Tensor) -> Tensor:
-    """First 32-bit output word, in int64, for the counters (c0, c1, 0, 0). c0 and c1 are int64 and broadcast."""
-    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    """First 32-bit output word, in int64, for the counters (c0, c1, 0, 0). c0 and c1 are int64 and broadcast.
+
+    A round maps (c0, c1, c2, c3) to (hi(B·c2) ^ c1 ^ k0, lo(B·c2), hi(A·c0) ^ c3 ^ k1, lo(A·c0)). Both products are
+    one tensor operation, on the rows c2 and c0. They may wrap around in int64: the high half is read from bits 32 to
+    63, which are right in either sign, and low halves and keys stay unreduced until the mask at the round's end.
+    """
     c0, c1 = torch.broadcast_tensors(c0 & _MASK, c1 & _MASK)
-    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
-    for _ in range(_ROUNDS):
-        (high_b, low_b), (high_a, low_a) = _mul_hi_lo(_ROUND_B, c2), _mul_hi_lo(_ROUND_A, c0)
-        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
-        k0, k1 = (k0 + _KEY_A) & _MASK, (k1 + _KEY_B) & _MASK
-    return c0
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    # 0 in the row of c2, 1 in the row of c0: constants come by arithmetic, as a copy from the host would wait
+    is_c0 = torch.arange(2, dtype=torch.int64, device=c0.device).view(-1, *[1] * c0.dim())
+    rounds = torch.arange(_ROUNDS, dtype=torch.int64, device=c0.device).view(-1, *[1] * is_c0.dim())
+    factors = is_c0 * (_ROUND_A - _ROUND_B) + _ROUND_B
+    keys = torch.addcmul(is_c0 * (k0 - k1) + k1, rounds, is_c0 * (_KEY_A - _KEY_B) + _KEY_B)
+    words, lows = is_c0 * c0, (1 - is_c0) * c1
+    for key in keys.unbind(0):
+        products = words * factors
+        words = (products >> 32).bitwise_xor_(lows).flip(0).bitwise_xor_(key).bitwise_and_(_MASK)
+        lows = products
+    return words[1]
 
 
 def word_to_uniform(word: Tensor) -> Tensor:
     """32-bit words, in int64, to float32 in (0, 1)."""
     # As int32, folded to [0, 2**31): a negative word w becomes −w − 1, which in 32 unsigned bits is the complement
-    folded = torch.where(word > 0x7FFFFFFF, _MASK - word, word)
+    folded = torch.minimum(word, _MASK - word)
     return (folded.to(torch.float32) * UNIFORM_SCALE).clamp(min=UNIFORM_SCALE)
 
 

@@ -12,19 +12,28 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
 from fastdpo.training.batch import TokenBatch
+from fastdpo.training.head import find_head
 from fastdpo.training.model import disable_dropout
-from fastdpo.training.scoring import CompletionScorer, completion_logits
+from fastdpo.training.scoring import CompletionScorer, completion_logits, scored_hidden
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -39,11 +48,25 @@ SIZES: dict[str, Any] = {
 MODELS = {
     "Llama": lambda: tiny.llama(vocab_size=97),
     "Llama, tied head": lambda: tiny.llama(vocab_size=97, tie_word_embeddings=True),
+    "Mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES)),
     "Qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8)),
+    "Qwen3, tied head": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=True)),
     # Softcaps on attention and on logits, and a sliding window shorter than the rows
     "Gemma2": lambda: Gemma2ForCausalLM(
         Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=3.0, query_pre_attn_scalar=8, sliding_window=6)
     ),
+    "Gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **SIZES,
+            head_dim=8,
+            final_logit_softcapping=2.0,
+            query_pre_attn_scalar=8,
+            sliding_window=6,
+            layer_types=["sliding_attention", "full_attention"],
+        )
+    ),
+    "Phi, biased head": lambda: biased(PhiForCausalLM(PhiConfig(**SIZES))),
+    "OLMo2": lambda: Olmo2ForCausalLM(Olmo2Config(**SIZES)),
     "GPT-2": lambda: GPT2LMHeadModel(
         GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3)
     ),
@@ -51,6 +74,14 @@ MODELS = {
     "Cohere": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.3)),
     "Granite": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=2.5)),
 }
+
+
+def biased(model: Any) -> Any:
+    """transformers starts the bias at zero, where it could be forgotten unseen."""
+    torch.nn.init.normal_(model.lm_head.bias)
+    return model
+
+
 LENGTHS = [(7, 4, 9), (1, 12, 1), (15, 3, 5), (4, 6, 6)]  # prompt, chosen, rejected
 
 
@@ -96,13 +127,25 @@ def test_cut_respects_the_budget() -> None:
     assert sizes[120] == [(6, 20), (2, 10)]
 
 
-def test_only_scored_rows_reach_the_head() -> None:
+def test_only_scored_rows_reach_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the model's own logits: the scored rows. Otherwise none at all, and `linear_logprob` gets them."""
     model = tiny.llama(vocab_size=97)
     (micro,) = batch().cut(10_000)
     rows = []
-    model.lm_head.register_forward_hook(lambda _, args, __: rows.append(args[0].shape[:-1].numel()))
+    linear = torch.nn.functional.linear
+
+    def counted(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if weight is model.lm_head.weight:
+            rows.append(input.shape[:-1].numel())
+        return linear(input, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", counted)
     logits = completion_logits(model, micro)
     assert rows == [len(logits)] == [4 + 9 + 12 + 1 + 3 + 5 + 6 + 6]
+    rows.clear()
+    assert scored_hidden(model, find_head(model), micro).shape == (46, 32)
+    assert rows == []
+    assert "forward" not in vars(model.lm_head), "the head is not the model's own again"
 
 
 def test_length_desensitised_and_weighted_scores() -> None:
@@ -128,7 +171,8 @@ def test_length_desensitised_and_weighted_scores() -> None:
         assert float(weights[at]) == pytest.approx(weight, rel=1e-4)
 
 
-def test_head_called_by_keyword() -> None:
+@pytest.mark.parametrize("path", ["logits", "hidden"])
+def test_head_called_by_keyword(path: str) -> None:
     class Keyword(type(tiny.llama())):
         def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
             hidden = self.model(input_ids=input_ids).last_hidden_state
@@ -137,7 +181,10 @@ def test_head_called_by_keyword() -> None:
     torch.manual_seed(0)
     model = Keyword(tiny.llama(vocab_size=97).config)
     (micro,) = batch().cut(10_000)
-    assert completion_logits(model, micro).shape == (len(micro.targets), 97)
+    if path == "logits":
+        assert completion_logits(model, micro).shape == (len(micro.targets), 97)
+    else:
+        assert scored_hidden(model, find_head(model), micro).shape == (len(micro.targets), 32)
 
 
 def test_model_that_bypasses_its_head_is_refused() -> None:
@@ -147,5 +194,11 @@ def test_model_that_bypasses_its_head_is_refused() -> None:
             return type("Output", (), {"logits": hidden @ self.lm_head.weight.T})()
 
     model = Bypass(tiny.llama(vocab_size=97).config)
-    with pytest.raises(RuntimeError, match="Bypass did not call its output embedding once"):
-        completion_logits(model, batch().cut(10_000)[0])
+    (micro,) = batch().cut(10_000)
+    for score in (
+        lambda: completion_logits(model, micro),
+        lambda: scored_hidden(model, find_head(model), micro),
+        lambda: CompletionScorer().tokens(model, micro),
+    ):
+        with pytest.raises(RuntimeError, match="Bypass did not call its output embedding once"):
+            score()

@@ -39,7 +39,6 @@ def define(
     torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def call(*args: Any) -> Any:
-        # What the fake refuses is refused before any launch
         *inputs, backend = args
         if backend not in implementations:
             raise ValueError(f"backend={backend!r} does not implement {name}; it has {', '.join(implementations)}.")
@@ -47,9 +46,16 @@ def define(
 
     torch.library.impl(qualified, "default", call)
     torch.library.register_fake(qualified, fake)
-    if backward is not None:
-        torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+    if "!" not in schema:  # what overwrites its input can carry no autograd
+        torch.library.register_autograd(qualified, backward or _refuse(name), setup_context=setup_context)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _refuse(name: str) -> Callable[..., Any]:
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"fastdpo::{name} has no derivative: a second derivative (create_graph) is not supported.")
+
+    return backward
 
 
 @functools.cache

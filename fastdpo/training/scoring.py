@@ -1,7 +1,8 @@
 """Log-probabilities of completions under a causal LM, per token and per pair.
 
-Only the positions that predict a completion token reach the head: a hook selects these rows of the head's input.
-Everything that the model does to its logits afterwards (softcap, scale) stays as the model has it.
+Only the positions that predict a completion token reach the head. Where the head can be read (`fastdpo.training.head`),
+its input at these positions goes into `linear_logprob` and no logits are kept; otherwise the model computes its own
+logits at these positions.
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastdpo.reference import completion_weights, selective_logprob
+from fastdpo.functional import linear_logprob, selective_logprob
+from fastdpo.reference import completion_weights
 from fastdpo.training.batch import MicroBatch
+from fastdpo.training.head import Head, HeadReader, check_calls
 
 
 @dataclass
@@ -71,19 +75,43 @@ class TokenScores:
 class CompletionScorer:
     """Runs micro-batches through a model and reduces token log-probs to the fields of `PairScores`."""
 
-    def __init__(self, ld_alpha: float | None = None, use_weighting: bool = False) -> None:
+    def __init__(self, ld_alpha: float | None = None, use_weighting: bool = False, backend: str = "auto") -> None:
         self.ld_alpha = ld_alpha
         self.use_weighting = use_weighting
+        self.backend = backend
+        self.heads = HeadReader()
 
     def tokens(self, model: PreTrainedModel, micro: MicroBatch, *, weighting: bool = False) -> TokenScores:
         """Token log-probs of `micro` under `model`; `weighting` adds what WPO's weights need."""
+        head = self.heads.read(model)
+        score = self._from_logits if head is None else partial(self._from_hidden, head)
+        logps, log_sum_sq = score(model, micro, weighting)  # (N,) each
+        rows = _to_rows(logps, micro.completion_mask)
+        return TokenScores(rows, None if log_sum_sq is None else _to_rows(log_sum_sq, micro.completion_mask))
+
+    def _from_hidden(
+        self, head: Head, model: PreTrainedModel, micro: MicroBatch, weighting: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        scored = linear_logprob(
+            scored_hidden(model, head, micro),
+            head.weight,
+            micro.targets,
+            bias=head.bias,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+            ignore_index=None,
+            backend=self.backend,
+            stats=("log_sum_sq_probs",) if weighting else (),
+        )
+        return (scored, None) if isinstance(scored, Tensor) else (scored[0], scored[1]["log_sum_sq_probs"])
+
+    def _from_logits(self, model: PreTrainedModel, micro: MicroBatch, weighting: bool) -> tuple[Tensor, Tensor | None]:
         logits = completion_logits(model, micro)
-        logps = _to_rows(selective_logprob(logits, micro.targets), micro.completion_mask)
+        logps = selective_logprob(logits, micro.targets, ignore_index=None, backend=self.backend)
         if not weighting:
-            return TokenScores(logps, None)
+            return logps, None
         with torch.no_grad():
-            log_sum_sq = (2 * logits.detach().float().log_softmax(-1)).logsumexp(-1)
-        return TokenScores(logps, _to_rows(log_sum_sq, micro.completion_mask))
+            return logps, (2 * logits.detach().float().log_softmax(-1)).logsumexp(-1)
 
     def token_weights(self, micro: MicroBatch) -> Tensor:
         """(2P, C) weights that turn token log-probs into `chosen_logps` and `rejected_logps` by a sum."""
@@ -125,18 +153,22 @@ def _to_rows(values: Tensor, mask: Tensor) -> Tensor:
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
-def completion_logits(model: PreTrainedModel, micro: MicroBatch) -> Tensor:
-    """The model's logits at the scored positions only, (N, V).
+def scored_hidden(model: PreTrainedModel, head: Head, micro: MicroBatch) -> Tensor:
+    """The input of the model's head at the scored positions, (N, H); the head itself is left out.
 
-    Raises RuntimeError if the model does not call its output embedding as a module, which the selection relies on.
+    Raises RuntimeError if the model does not call its output embedding as a module, which this relies on.
     """
+    with head.left_out() as inputs:
+        logits = model(input_ids=micro.input_ids, use_cache=False).logits
+    check_calls(model, len(inputs), logits, (len(micro.input_ids), 0))
+    return inputs[0].flatten(0, 1)[micro.score_rows]
+
+
+def completion_logits(model: PreTrainedModel, micro: MicroBatch) -> Tensor:
+    """The model's own logits at the scored positions, (N, V). Raises RuntimeError as `scored_hidden` does."""
     with _select_rows(model.get_output_embeddings(), micro.score_rows) as calls:
         logits = model(input_ids=micro.input_ids, use_cache=False).logits
-    if calls != [True] or logits.shape[:2] != (1, len(micro.targets)):
-        raise RuntimeError(
-            f"{type(model).__name__} did not call its output embedding once on the hidden states "
-            f"(calls seen: {len(calls)}, logits of shape {tuple(logits.shape)}); such a model cannot be scored."
-        )
+    check_calls(model, len(calls), logits, (1, len(micro.targets)))
     return logits[0]
 
 

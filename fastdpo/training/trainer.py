@@ -110,7 +110,7 @@ class FastDPOTrainer(CheckpointMixin, ScoringMixin, Trainer):
                 f"{args.n_gpu} GPUs are visible to one process. Start one process per GPU (torchrun, accelerate "
                 "launch), or choose one with CUDA_VISIBLE_DEVICES."
             )
-        resolve_backend(args.backend)
+        resolve_backend(args.backend, args.device)
         set_seed(args.seed)  # fresh adapters are random
         model = resolve_model(model, args, quantization_config, "model")
         ref_model = None if ref_model is None else resolve_model(ref_model, args, quantization_config, "ref_model")
@@ -147,7 +147,9 @@ class FastDPOTrainer(CheckpointMixin, ScoringMixin, Trainer):
             self._move_model_to_device(ref_model, folded.device)
         self.reference = ReferencePolicy(self.model, ref_model)
         self.objective = Objective(folded)
-        self.scorer = CompletionScorer(ld_alpha=folded.ld_alpha, use_weighting=folded.use_weighting)
+        self.scorer = CompletionScorer(
+            ld_alpha=folded.ld_alpha, use_weighting=folded.use_weighting, backend=folded.backend
+        )
         self.dynamic_beta = folded.make_dynamic_beta().to(folded.device) if folded.dynamic_beta else None
         self._pending_plan: BetaPlan | None = None
         self._step_metrics: dict[str, list[float]] = defaultdict(list)

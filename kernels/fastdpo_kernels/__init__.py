@@ -4,4 +4,10 @@ Each submodule is one operation and imports Triton itself; importing this packag
 platforms without Triton too.
 """
 
-__all__ = ["rng"]
+__all__ = [
+    "device_math",
+    "launch_checks",
+    "linear_logprob",
+    "rng",
+    "selective_logprob",
+]

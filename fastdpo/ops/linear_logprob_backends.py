@@ -1,0 +1,78 @@
+"""The implementations of `linear_logprob`: the tile loop with each backend's fold."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor
+
+from fastdpo.ops import tile_loop
+from fastdpo.ops.fold_torch import TorchFold
+from fastdpo.ops.head import Head
+from fastdpo.ops.linear_logprob import check_head_tensors
+from fastdpo.ops.targets import check_targets
+from fastdpo.ops.tile_loop import MakeFold
+
+
+def _scored_rows(targets: Tensor, ignore_index: int | None) -> Tensor | None:
+    """Indices of the rows that are not ignored; None for all of them. On a GPU this waits for the count."""
+    if ignore_index is None:
+        return None
+    scored = (targets != ignore_index).nonzero().squeeze(1)
+    return None if len(scored) == len(targets) else scored
+
+
+def _forward(
+    make_fold: MakeFold,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    ignore_index: int | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *head_options, unit_gradient, _, stats = options
+    check_head_tensors(hidden, weight, bias, targets)
+    check_targets(targets, len(weight), ignore_index)
+    scored = _scored_rows(targets, ignore_index)
+    return tile_loop.forward(
+        make_fold, Head(weight, bias, *head_options), hidden, targets, scored, unit_gradient, stats
+    )
+
+
+def _backward(
+    make_fold: MakeFold,
+    grad: Tensor,
+    lse: Tensor,
+    logps: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    ignore_index: int | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    *head_options, needs = options
+    scored = _scored_rows(targets, ignore_index)
+    return tile_loop.backward(
+        make_fold, Head(weight, bias, *head_options), hidden, targets, scored, lse, logps, grad, needs
+    )
+
+
+torch_forward = functools.partial(_forward, TorchFold)
+torch_backward = functools.partial(_backward, TorchFold)
+
+
+def triton_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `torch_forward`; Triton is imported here."""
+    from fastdpo.ops.fold_triton import TritonFold
+
+    return _forward(TritonFold, *args)
+
+
+def triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """As `torch_backward`; Triton is imported here."""
+    from fastdpo.ops.fold_triton import TritonFold
+
+    return _backward(TritonFold, *args)

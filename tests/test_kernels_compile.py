@@ -1,0 +1,270 @@
+"""Every kernel compiles for every GPU generation without a GPU, within budgets: no spills, shared memory, wide loads.
+
+Triton decides when it decorates whether kernels are interpreted, so the compiling happens in one process of its own:
+`python tests/test_kernels_compile.py` prints what it found as JSON. Compiled kernels are cached by Triton.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fastdpo_kernels
+
+#: Compute capabilities: A100, RTX 30, RTX 40, H100, B200, RTX 50.
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One specialisation of a kernel, and what it may cost.
+
+    Attributes:
+        kernel: "module:function" in fastdpo_kernels.
+        constants: compile-time arguments; None for a pointer that is left out.
+        types: of other arguments, where they are not float32 pointers (`*_ptr`) or 32-bit integers (the rest).
+        warps: as the launcher chooses them for this block.
+        wide_loads, wide_stores: least number of 128-bit accesses to global memory in the code of one thread.
+        shared: most bytes of shared memory.
+    """
+
+    kernel: str
+    constants: Mapping[str, Any]
+    types: Mapping[str, Any] = field(default_factory=dict)
+    warps: int = 4
+    wide_loads: int = 0
+    wide_stores: int = 0
+    shared: int = 0
+
+
+HEAD_TYPES = {
+    "targets_ptr": "*i64",
+    "bias_ptr": "*bf16",
+    "best_index_ptr": "*i64",
+    "weight_ptr": "*bf16",
+    "in_scale": "fp32",
+    "out_scale": "fp32",
+    "scale": "fp32",
+    "threshold": "fp32",
+}
+NO_STATS = dict.fromkeys(("weighted_sum_ptr", "logit_sum_ptr", "square_sum_ptr", "best_logit_ptr", "best_index_ptr"))
+SELECTIVE_TYPES = {"targets_ptr": "*i64", "scale_high": "fp32", "scale_low": "fp32"}
+
+LOSS_TYPES = {
+    **dict.fromkeys(("boundaries_ptr", "chosen_lengths_ptr", "rejected_lengths_ptr"), "*i64"),
+    **dict.fromkeys(("step_ptr", "step_out_ptr"), "*i64"),
+    **dict.fromkeys(("keep_ptr", "keep_out_ptr"), "*i1"),
+    **dict.fromkeys(
+        ("beta", "alpha", "momentum", "rest", "min_beta", "reward_beta", "epsilon", "tau", "gamma"), "fp32"
+    ),
+    **dict.fromkeys(("log_right", "log_flipped", "likelihood", "alpha_minus_1"), "fp32"),
+    "loss_weights": ("fp32",),
+    "seed": "i64",
+}
+#: The recipe's batch: β planned and the loss taken in one launch, over log-probs per token.
+PLANNED = {
+    **dict.fromkeys(("rejected_ptr", "ref_rejected_ptr", "beta_ptr", "keep_ptr", "all_margins_ptr")),
+    **dict.fromkeys(("pair_weights_ptr", "sft_logps_ptr", "chosen_lengths_ptr", "rejected_lengths_ptr")),
+    "LOSSES": ("sigmoid",),
+    "INPUTS": ("scores",),
+    "SMOOTHED": False,
+    "F_DIVERGENCE": "reverse_kl",
+    "REFERENCE_GAP": True,
+    "MEAN_GAP": False,
+    "MEAN": True,
+    "BETA_PER_PAIR": False,
+    "SCOPE": "batch",
+    "VARIANT": "released",
+    "TRAINING": True,
+}
+
+#: Tiles of float32 with 16-byte aligned rows. A thread holds 16 of their elements, so it loads four times 128 bits.
+SPECS = {
+    "fold, policy": Spec(
+        "linear_logprob:_fold_kernel",
+        {"CAPPED": False, "BLOCK": 4096, "bias_ptr": None, **NO_STATS},
+        HEAD_TYPES,
+        warps=8,
+        wide_loads=4,
+        wide_stores=4,
+        shared=64,
+    ),
+    "fold, reference": Spec(
+        "linear_logprob:_fold_kernel",
+        {"CAPPED": False, "BLOCK": 4096, "bias_ptr": None, "probs_ptr": None, **NO_STATS},
+        HEAD_TYPES,
+        warps=8,
+        wide_loads=4,
+        shared=64,
+    ),
+    # Everything at once, at the widest tile
+    "fold, all": Spec(
+        "linear_logprob:_fold_kernel",
+        {"CAPPED": True, "BLOCK": 8192},
+        {**HEAD_TYPES, "probs_ptr": "*bf16"},
+        warps=16,
+        wide_loads=6,
+        wide_stores=2,
+        shared=64,
+    ),
+    "rescale": Spec("linear_logprob:_rescale_rows_kernel", {"BLOCK": 1024}, HEAD_TYPES, wide_loads=2, wide_stores=2),
+    "finish": Spec(
+        "linear_logprob:_finish_unit_gradient_kernel",
+        {"BLOCK": 1024},
+        HEAD_TYPES,
+        wide_loads=3,
+        wide_stores=2,
+        shared=4 * 1024,
+    ),
+    "logit gradient": Spec(
+        "linear_logprob:_logit_gradient_kernel",
+        {"CAPPED": True, "BLOCK": 1024, "bias_ptr": None},
+        {**HEAD_TYPES, "out_ptr": "*bf16"},
+        wide_loads=2,
+        wide_stores=1,
+        shared=64,
+    ),
+    "selective": Spec(
+        "selective_logprob:_selective_logprob_fwd_kernel",
+        {"HAS_IGNORED": True, "BLOCK": 4096, "stride_v": 1},
+        {**SELECTIVE_TYPES, "logits_ptr": "*bf16"},
+        warps=8,
+        wide_loads=2,
+        shared=64,
+    ),
+    "selective, backward": Spec(
+        "selective_logprob:_selective_logprob_bwd_kernel",
+        {"HAS_IGNORED": True, "BLOCK": 4096, "stride_v": 1, "stride_out_v": 1},
+        {**SELECTIVE_TYPES, "logits_ptr": "*bf16", "out_ptr": "*bf16"},
+        warps=8,
+        wide_loads=2,
+        wide_stores=2,
+    ),
+    "preference loss": Spec(
+        "preference_loss:_preference_loss_fwd_kernel",
+        {**PLANNED, "BLOCK": 64, "TOKENS": 16},
+        LOSS_TYPES,
+        shared=8 * 1024,
+    ),
+    "dynamic beta": Spec(
+        "dynamic_beta:_dynamic_beta_kernel",
+        {"SCOPE": "instance", "VARIANT": "paper", "TRAINING": True, "BLOCK": 1024},
+        LOSS_TYPES,
+        warps=8,
+        shared=8 * 1024,
+    ),
+    "top k": Spec("dynamic_beta:_top_k_kernel", {"BLOCK": 1024}, {"out_ptr": "*i1"}, warps=8, shared=8 * 1024),
+    "margins": Spec(
+        "preference_loss:_margins_kernel",
+        {
+            "REFERENCE_GAP": True,
+            "MEAN_GAP": False,
+            "rejected_ptr": None,
+            "ref_rejected_ptr": None,
+            "BLOCK": 32,
+            "TOKENS": 32,
+        },
+        LOSS_TYPES,
+        shared=4 * 1024,
+    ),
+    "row sums": Spec("preference_loss:_row_sums_kernel", {"BLOCK": 32, "TOKENS": 32}, LOSS_TYPES, shared=4 * 1024),
+    "noise": Spec("rng:_noise_kernel", {"GUMBEL": True, "BLOCK": 256}, {"step_ptr": "*i64", "seed": "i64"}),
+}
+
+
+def compile_all() -> dict[str, dict[str, int]]:
+    """ "name, architecture" → what the code uses. In a process without TRITON_INTERPRET."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    found = {}
+    for name, spec in SPECS.items():
+        module, _, function = spec.kernel.partition(":")
+        kernel = getattr(importlib.import_module(f"fastdpo_kernels.{module}"), function)
+        signature = {}
+        for argument in kernel.arg_names:
+            default = "*fp32" if argument.endswith("_ptr") else "i32"
+            signature[argument] = "constexpr" if argument in spec.constants else spec.types.get(argument, default)
+        constants = {(kernel.arg_names.index(argument),): value for argument, value in spec.constants.items()}
+        # As at run time for aligned pointers, and for sizes and strides that are multiples of 16
+        aligned = {
+            (parameter.num,): [["tt.divisibility", 16]]
+            for parameter in kernel.params
+            if str(signature[parameter.name]).startswith(("*", "i")) and not parameter.do_not_specialize
+        }
+        for architecture in ARCHITECTURES:
+            source = ASTSource(kernel, signature, constants, aligned)
+            target = GPUTarget("cuda", architecture, 32)
+            compiled = triton.compile(source, target=target, options={"num_warps": spec.warps})
+            found[f"{name}, {architecture}"] = measure(tools, compiled)
+    return found
+
+
+def measure(tools: Path, compiled: Any) -> dict[str, int]:
+    """Bytes of stack (where registers are spilled to), registers, shared bytes and 128-bit accesses of a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = run(tools / "cuobjdump", "-res-usage", cubin.name)
+        code = run(tools / "nvdisasm", "-c", cubin.name)
+    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    return {
+        "registers": int(numbers["REG"]),
+        "spilled": int(numbers["STACK"]) + int(numbers["LOCAL"]) + len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "shared": compiled.metadata.shared,
+        "wide_loads": len(re.findall(r"\bLDG\.\S*128\b", code)),
+        "wide_stores": len(re.findall(r"\bSTG\.\S*128\b", code)),
+    }
+
+
+def run(*command: str | Path) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+# Tests
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, dict[str, int]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    process = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
+
+
+def test_every_kernel_is_listed() -> None:
+    kernels = set()
+    for module in pkgutil.iter_modules(fastdpo_kernels.__path__):
+        for name in vars(importlib.import_module(f"fastdpo_kernels.{module.name}")):
+            if name.startswith("_") and name.endswith("_kernel"):
+                kernels.add(f"{module.name}:{name}")
+    assert kernels == {spec.kernel for spec in SPECS.values()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", SPECS)
+def test_kernels_stay_within_their_budgets(found: dict[str, dict[str, int]], name: str, architecture: int) -> None:
+    spec, code = SPECS[name], found[f"{name}, {architecture}"]
+    assert code["spilled"] == 0, code
+    assert code["shared"] <= spec.shared, code
+    assert code["wide_loads"] >= spec.wide_loads, code
+    assert code["wide_stores"] >= spec.wide_stores, code
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_all(), indent=1))
