@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastdpo.checks import check_dynamic_beta_options, check_plan_tensors
 from fastdpo.ops.preference_loss import PlanOptions, as_plan, plan_batch, serving_backend
-from fastdpo.reference import BetaPlan, BetaState
+from fastdpo.reference import BetaPlan, BetaState, dynamic_beta
 
 
 class DynamicBeta(nn.Module):
@@ -78,16 +78,18 @@ class DynamicBeta(nn.Module):
         """The statistics, 0-D: m0 and sigma in float32, step in int64."""
         return BetaState(self.m0, self.sigma, self.step)
 
-    def packed_options(self) -> tuple[list[str], list[float], int]:
+    def plan_options(self) -> PlanOptions:
         """The settings as operators take them."""
-        return PlanOptions(**self.options, training=self.training).packed()
+        return PlanOptions(**self.options, training=self.training)
 
     def plan(self, margins: Tensor) -> BetaPlan:
         """Plan the batch of these (N,) margins without changing the state."""
         margins = margins.detach()
         check_plan_tensors(margins, *self.state)
         backend = serving_backend(self.backend, margins, margins.shape[0])
-        return as_plan(plan_batch(margins, *self.state, *self.packed_options(), backend))
+        if backend == "torch":
+            return dynamic_beta(margins, self.state, training=self.training, **self.options)
+        return as_plan(plan_batch(margins, *self.state, *self.plan_options().packed(), backend))
 
     @torch.no_grad()
     def commit(self, plan: BetaPlan) -> None:

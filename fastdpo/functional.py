@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastdpo import reference
 from fastdpo.backends import resolve_backend
 from fastdpo.checks import check_head_options
 from fastdpo.ops.linear_logprob import check_head_tensors

@@ -1,18 +1,21 @@
-"""`preference_loss` and `token_preference_loss`: arguments checked, backend chosen, operators called.
+"""`preference_loss` and `token_preference_loss`: arguments checked, backend chosen.
 
-One operator call does all, except that losses which sort the batch (aot, aot_unpaired) get their sides permuted first,
-each kind in a call of its own, and that several ranks exchange margins before the plan.
+The torch backend is the oracle itself. On Triton one launch does all, except that losses which sort the batch (aot,
+aot_unpaired) get their sides permuted first, each kind in a launch of its own, and that several ranks exchange margins
+before the plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from fastdpo import reference
 from fastdpo.checks import (
     check_loss_inputs,
     check_loss_options,
@@ -24,8 +27,8 @@ from fastdpo.checks import (
 from fastdpo.dynamic_beta import DynamicBeta, gather_margins, plan_of
 from fastdpo.losses import LOSSES, LossTerm, rank_matching
 from fastdpo.ops import preference_loss as ops
-from fastdpo.ops.preference_loss import PARAMETERS, LossOptions, PairTensors
-from fastdpo.reference import BetaPlan, PreferenceOutput
+from fastdpo.ops.preference_loss import PARAMETERS, LossOptions, PairTensors, packed_together
+from fastdpo.reference import BetaPlan, PreferenceOutput, preference_gap
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -222,6 +225,22 @@ def _preference_loss(
     if module is None and process_group is not None:
         raise ValueError("process_group has no effect without a DynamicBeta as beta; leave it out.")
     _check_tensors(pairs, terms, None if module is not None else beta, keep)
+    backend = ops.serving_backend(backend, pairs.chosen, pairs.num_pairs)
+    if backend == "torch":
+        return _by_oracle(
+            _once_differentiable(pairs),
+            module,
+            process_group,
+            loss_type=loss_type,
+            loss_weights=loss_weights,
+            beta=beta,
+            keep=keep,
+            label_smoothing=label_smoothing,
+            f_divergence=f_divergence,
+            reduction=reduction,
+            reward_beta=reward_beta,
+            **parameters,
+        )
     first = LOSSES[terms[0].loss.name]
     options = LossOptions(
         [term.loss.name for term in terms],
@@ -234,7 +253,6 @@ def _preference_loss(
         "mean" if reduction == "mean" else "sum",
         module.beta if module is not None and reward_beta is None else reward_beta,
     )
-    backend = ops.serving_backend(backend, pairs.chosen, pairs.num_pairs)
     sorts = any(term.loss.sorts_batch for term in terms)
     if module is not None and not sorts:
         output = _planned(pairs, options, module, process_group, backend)
@@ -260,6 +278,53 @@ def _check_tensors(pairs: PairTensors, terms: Sequence[LossTerm], beta: Any, kee
     elif pairs.pair_weights is not None:
         check_sorted_losses(terms, pairs.pair_weights.new_empty(()), torch.Size(), pairs.pair_weights)
     check_preference_tensors(pairs._asdict(), beta=beta, keep=keep)
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """The identity, whose derivative cannot be differentiated: as with the operators, a second derivative raises."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return grads
+
+
+def _once_differentiable(pairs: PairTensors) -> PairTensors:
+    # A compiled graph refuses the second derivative itself
+    names = [name for name, x in zip(pairs._fields, pairs, strict=True) if x is not None and x.requires_grad]
+    if not names or torch.compiler.is_compiling():
+        return pairs
+    guarded = _OnceDifferentiable.apply(*(getattr(pairs, name) for name in names))
+    return pairs._replace(**dict(zip(names, guarded, strict=True)))
+
+
+def _by_oracle(
+    pairs: PairTensors, module: DynamicBeta | None, process_group: dist.ProcessGroup | None, **options: Any
+) -> PreferenceOutput:
+    pairs = _per_sequence(pairs, _sum_rows)
+    lengths: dict[str, Any] = {"chosen_lengths": pairs.chosen_lengths, "rejected_lengths": pairs.rejected_lengths}
+    assert pairs.rejected is not None
+    policy, references = (pairs.chosen, pairs.rejected), (pairs.ref_chosen, pairs.ref_rejected)
+    plan = None
+    if module is not None:
+        with torch.no_grad():
+            margins = preference_gap(*policy, *references, loss_type=options["loss_type"], **lengths)
+        plan = module(margins, process_group)
+        reward_beta = module.beta if options["reward_beta"] is None else options["reward_beta"]
+        options |= {"beta": plan.beta, "keep": plan.keep, "reward_beta": reward_beta}
+    options |= {"pair_weights": pairs.pair_weights, "sft_logps": pairs.sft_logps, **lengths}
+    return reference.preference_loss(*policy, *references, **options)._replace(plan=plan)
+
+
+def _sum_rows(token_logps: Tensor, boundaries: Tensor) -> Tensor:
+    """(N,) token log-probs, (R + 1,) boundaries → (R,) sums, in float32 at least; tokens outside the rows are left."""
+    values = token_logps.to(torch.promote_types(token_logps.dtype, torch.float32))
+    row = torch.searchsorted(boundaries, torch.arange(len(values), device=values.device), right=True)
+    return values.new_zeros(boundaries.shape[0] + 1).index_add(0, row, values)[1:-1]
 
 
 def _margin_inputs(pairs: PairTensors) -> tuple[Tensor | None, ...]:
@@ -291,9 +356,8 @@ def _planned(
         all_margins, first_pair = gather_margins(margins, process_group)
         backend = ops.serving_backend(backend, pairs.chosen, all_margins.shape[0])
     check_plan_tensors(pairs.chosen.new_empty(pairs.num_pairs), *module.state)
-    outputs = ops.planned_preference_loss(
-        *pairs, all_margins, first_pair, *module.state, *module.packed_options(), *options.packed(), backend
-    )
+    packed = packed_together(module.plan_options(), options)
+    outputs = ops.planned_preference_loss(*pairs, all_margins, first_pair, *module.state, *packed, backend)
     plan = ops.as_plan(outputs[6:])
     if module.training:
         module.commit(plan)
@@ -302,7 +366,7 @@ def _planned(
 
 def _sorted(pairs: PairTensors, options: LossOptions, given: _Given, backend: str) -> PreferenceOutput:
     """A list with losses that match pairs by rank: a call per kind of matching, the sides permuted before."""
-    pairs = _per_sequence(pairs, backend)
+    pairs = _per_sequence(pairs, lambda values, boundaries: ops.row_sums(values, boundaries, backend))
     keep = torch.ones_like(pairs.chosen, dtype=torch.bool) if given.keep is None else given.keep.detach().bool()
     zeros = torch.zeros_like(pairs.chosen)
     sides = (pairs.chosen, pairs.rejected, pairs.ref_chosen, pairs.ref_rejected)
@@ -338,14 +402,14 @@ def _sorted(pairs: PairTensors, options: LossOptions, given: _Given, backend: st
     return PreferenceOutput(loss, losses, *rewards, margins)
 
 
-def _per_sequence(pairs: PairTensors, backend: str) -> PairTensors:
+def _per_sequence(pairs: PairTensors, sum_rows: Callable[[Tensor, Tensor], Tensor]) -> PairTensors:
     """The same with log-probs summed over rows, differentiably."""
     boundaries = pairs.boundaries
     if boundaries is None:
         return pairs
-    chosen, rejected = ops.row_sums(pairs.chosen, boundaries, backend).chunk(2)
+    chosen, rejected = sum_rows(pairs.chosen, boundaries).chunk(2)
     if pairs.ref_chosen is not None and pairs.ref_rejected is None:
-        ref_chosen, ref_rejected = ops.row_sums(pairs.ref_chosen, boundaries, backend).chunk(2)
+        ref_chosen, ref_rejected = sum_rows(pairs.ref_chosen, boundaries).chunk(2)
         pairs = pairs._replace(ref_chosen=ref_chosen, ref_rejected=ref_rejected)
     chosen_lengths, rejected_lengths = boundaries.diff().chunk(2)
     return pairs._replace(

@@ -329,6 +329,14 @@ def test_any_layout(backend: str) -> None:
         torch.testing.assert_close(found, expected)
         (grad,) = torch.autograd.grad(expected.sum(), leaf)
         torch.testing.assert_close(torch.autograd.grad(found.sum(), strided)[0][:, :-1], grad)
+    bias, targets = torch.randn(30, 2, generator=g)[:, 0].requires_grad_(), targets.t().contiguous().t()
+    found, expected = (
+        fastdpo.linear_logprob(hidden, weight.contiguous(), y, bias=b, backend=backend)
+        for b, y in ((bias, targets), (bias.contiguous(), targets.contiguous()))
+    )
+    torch.testing.assert_close(found, expected)
+    # .sum() sends an expanded gradient back
+    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), bias)[0] for x in (found, expected)))
 
 
 def test_no_grad_forms_no_unit_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

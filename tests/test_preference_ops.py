@@ -347,9 +347,8 @@ def test_kernel_filter_frequencies_match_the_weights() -> None:
     assert ((kept / draws - p).abs() < 4 * (p * (1 - p) / draws).sqrt()).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scope", ["batch", "instance"])
-def test_split_launch_is_the_single_one(scope: str, backend: str) -> None:
+def test_split_launch_is_the_single_one(scope: str) -> None:
     """Two ranks of five pairs, by hand: margins apart, the plan of all ten, each rank's own part of the loss."""
     data = {key: value.float() if value.is_floating_point() else value for key, value in random_pairs(10).items()}
     module = DynamicBeta(keep_ratio=0.5, scope=scope, seed=3)
@@ -364,13 +363,18 @@ def test_split_launch_is_the_single_one(scope: str, backend: str) -> None:
         mine = slice(5 * rank, 5 * rank + 5)
         pairs = ops.PairTensors(*(data[key][mine] for key in SIDES), None, None, None, None, None)
         parts.append(pairs)
-        margins.append(ops.preference_margins(*pairs[:7], True, False, backend))
-    whole = preference_loss(**data, beta=module, reduction="sum", backend=backend)
+        margins.append(ops.preference_margins(*pairs[:7], True, False, "triton"))
+    whole = preference_loss(**data, beta=module, reduction="sum", backend="triton")
     fresh = DynamicBeta(keep_ratio=0.5, scope=scope, seed=3)
     losses, grads = [], []
     for rank, pairs in enumerate(parts):
         outputs = ops.planned_preference_loss(
-            *pairs, torch.cat(margins), 5 * rank, *fresh.state, *fresh.packed_options(), *options.packed(), backend
+            *pairs,
+            torch.cat(margins),
+            5 * rank,
+            *fresh.state,
+            *ops.packed_together(fresh.plan_options(), options),
+            "triton",
         )
         losses.append(outputs[1])
         grads.append(outputs[3])
@@ -415,8 +419,8 @@ def test_torch_gradients_by_finite_differences(name: str, f_divergence: str) -> 
 # torch's subsystems
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck(backend: str) -> None:
+def test_opcheck() -> None:
+    backend = "triton"
     data = cast(random_pairs(3), torch.float32)
     options = ops.LossOptions(
         ["sigmoid", "sft"], [1.0, 0.5], list(ops.PARAMETERS.values()), 0.0, "reverse_kl", True, False, "mean", None
@@ -429,13 +433,13 @@ def test_opcheck(backend: str) -> None:
     for pairs in (sequences, per_token):
         given_beta = (torch.tensor(0.1), 0.0, torch.tensor([True, False, True]))
         torch.library.opcheck(ops.preference_loss, (*pairs, *given_beta, *options.packed(), backend))
-        planned = (None, 0, *module.state, *module.packed_options())
-        torch.library.opcheck(ops.planned_preference_loss, (*pairs, *planned, *options.packed(), backend))
+        planned = (None, 0, *module.state, *ops.packed_together(module.plan_options(), options))
+        torch.library.opcheck(ops.planned_preference_loss, (*pairs, *planned, backend))
         torch.library.opcheck(
             ops.preference_margins, (*ops.PairTensors(*map(_detach, pairs))[:7], True, False, backend)
         )
     torch.library.opcheck(ops.row_sums, (leaf, boundaries, backend))
-    torch.library.opcheck(ops.plan_batch, (torch.randn(5), *module.state, *module.packed_options(), backend))
+    torch.library.opcheck(ops.plan_batch, (torch.randn(5), *module.state, *module.plan_options().packed(), backend))
 
 
 def _detach(x: Tensor | None) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +24,11 @@ def _scored_rows(targets: Tensor, ignore_index: int | None) -> Tensor | None:
     return None if len(scored) == len(targets) else scored
 
 
+def _head(weight: Tensor, bias: Tensor | None, options: Sequence[Any]) -> Head:
+    # Kernels read a bias without a stride
+    return Head(weight, None if bias is None else bias.contiguous(), *options)
+
+
 def _forward(
     make_fold: MakeFold,
     hidden: Tensor,
@@ -35,8 +41,9 @@ def _forward(
     *head_options, unit_gradient, _, stats = options
     check_head_tensors(hidden, weight, bias, targets)
     check_targets(targets, len(weight), ignore_index)
+    targets, head = targets.contiguous(), _head(weight, bias, head_options)
     scored = _scored_rows(targets, ignore_index)
-    return tile_loop.forward(
+    return tile_loop.forward(make_fold, head, hidden, targets, scored, unit_gradient, stats)
         make_fold, Head(weight, bias, *head_options), hidden, targets, scored, unit_gradient, stats
     )
 
@@ -54,8 +61,9 @@ def _backward(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     *head_options, needs = options
+    targets, head = targets.contiguous(), _head(weight, bias, head_options)
     scored = _scored_rows(targets, ignore_index)
-    return tile_loop.backward(
+    return tile_loop.backward(make_fold, head, hidden, targets, scored, lse, logps, grad, needs)
         make_fold, Head(weight, bias, *head_options), hidden, targets, scored, lse, logps, grad, needs
     )
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from fastdpo.ops.preference_loss import LossOptions, PlanOptions
+from fastdpo.ops.preference_loss import LossOptions, PlanOptions, unpacked_together
 from fastdpo_kernels import dynamic_beta
 from fastdpo_kernels import preference_loss as kernels
 
@@ -19,7 +20,7 @@ def preference_loss(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def planned_preference_loss(*arguments: Any) -> tuple[Tensor, ...]:
-    plan_options, loss_options = PlanOptions.unpacked(*arguments[14:17]), LossOptions.unpacked(*arguments[17:])
+    plan_options, loss_options = unpacked_together(*arguments[14:])
     all_margins, first_pair, m0, sigma, step = arguments[9:14]
     return kernels.planned_preference_loss(
         arguments[:9], all_margins, first_pair, m0, sigma, step, plan_options, loss_options
@@ -28,3 +29,24 @@ def planned_preference_loss(*arguments: Any) -> tuple[Tensor, ...]:
 
 def plan_batch(margins: Tensor, m0: Tensor, sigma: Tensor, step: Tensor, *options: Any) -> tuple[Tensor, ...]:
     return dynamic_beta.dynamic_beta(margins, m0, sigma, step, *PlanOptions.unpacked(*options))
+
+
+def expand_rows(values: Tensor, boundaries: Tensor, num_tokens: int) -> Tensor:
+    """(R,) values → (N,), each token its row's; 0 outside the rows."""
+    positions = torch.arange(num_tokens, device=values.device)
+    row = torch.searchsorted(boundaries, positions, right=True)
+    return torch.nn.functional.pad(values, (1, 1))[row]
+
+
+def scale_diagonal(
+    diagonal: Tensor, boundaries: Tensor | None, count: Tensor, grad_loss: Tensor | None, grad_losses: Tensor | None
+) -> Tensor:
+    """Derivatives of the reduced loss, (…, B) or (N,) with boundaries, times the upstream ones of loss and losses."""
+    if grad_losses is None:
+        assert grad_loss is not None
+        return diagonal * grad_loss
+    # `losses` are not divided by the count
+    upstream = grad_losses * count if grad_loss is None else grad_losses * count + grad_loss
+    if boundaries is not None:
+        upstream = expand_rows(torch.cat([upstream, upstream]), boundaries, diagonal.shape[-1])
+    return diagonal * upstream

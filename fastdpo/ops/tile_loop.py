@@ -135,7 +135,7 @@ def backward(
     of_hidden, of_weight, of_bias = needs
     rows = slice(None) if scored is None else scored
     inputs, targets = head.operand(hidden[rows]), targets[rows]
-    lse, logps, grad = lse[rows], logps[rows], grad[rows]
+    lse, logps, grad = lse[rows], logps[rows], grad[rows].contiguous()  # grad may be expanded
     weight, bias = head.weight, head.bias
     grad_inputs = lse.new_zeros(inputs.shape if of_hidden else 0)
     grad_weight = torch.zeros_like(weight) if of_weight else weight.new_empty(0)

@@ -193,7 +193,8 @@ def _finish_unit_gradient_kernel(
     vocab: tl.tensor,
     hidden: tl.tensor,
     stride_accumulator: tl.tensor,
-    stride_weight: tl.tensor,
+    stride_weight_row: tl.tensor,
+    stride_weight_column: tl.tensor,
     scale: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -203,8 +204,8 @@ def _finish_unit_gradient_kernel(
     target = tl.load(targets_ptr + row)
     # A target outside the vocabulary was never seen: its logit is NaN, and so is all that follows
     valid = (target >= 0) & (target < vocab)
-    target_row = weight_ptr + tl.where(valid, target, 0) * stride_weight
-    weight = tl.load(target_row + column, mask=inside & valid, other=0.0).to(tl.float32)
+    target_row = weight_ptr + tl.where(valid, target, 0) * stride_weight_row
+    weight = tl.load(target_row + column * stride_weight_column, mask=inside & valid, other=0.0).to(tl.float32)
     others = tl.load(others_ptr + row)
     total = others + tl.exp(tl.load(target_logit_ptr + row) - tl.load(peak_ptr + row))
     # 1 − p_y = Σ_v≠y e^{z−m}/Σ_v e^{z−m}
@@ -343,16 +344,13 @@ def finish_unit_gradient_(
 
     Args:
         accumulator: (R, H) float32, Σ_v≠y exp(z − peak)·(1 − tanh²)·W[v] over the whole vocabulary.
-        weight: (V, H), any float dtype, contiguous in H.
+        weight: (V, H), any float dtype, any strides.
         targets: (R,) int64; a row whose target is outside [0, V) becomes NaN.
     """
     check_tile("accumulator", accumulator, torch.float32)
     rows, hidden = accumulator.shape
-    if weight.dim() != 2 or weight.shape[1] != hidden or weight.stride(1) != 1:
-        raise ValueError(
-            f"weight has shape {tuple(weight.shape)}, strides {weight.stride()}; (V, {hidden}), contiguous in H, is "
-            "needed."
-        )
+    if weight.dim() != 2 or weight.shape[1] != hidden:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; (V, {hidden}) is needed.")
     check_rows(rows, targets=targets, others=state.others)
     if accumulator.numel() == 0:
         return
@@ -368,6 +366,7 @@ def finish_unit_gradient_(
         hidden,
         accumulator.stride(0),
         weight.stride(0),
+        weight.stride(1),
         logit_scale / temperature,
         BLOCK=_BLOCK,
         num_warps=_BLOCK_WARPS,
