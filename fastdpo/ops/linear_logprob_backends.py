@@ -44,8 +44,6 @@ def _forward(
     targets, head = targets.contiguous(), _head(weight, bias, head_options)
     scored = _scored_rows(targets, ignore_index)
     return tile_loop.forward(make_fold, head, hidden, targets, scored, unit_gradient, stats)
-        make_fold, Head(weight, bias, *head_options), hidden, targets, scored, unit_gradient, stats
-    )
 
 
 def _backward(
@@ -64,8 +62,6 @@ def _backward(
     targets, head = targets.contiguous(), _head(weight, bias, head_options)
     scored = _scored_rows(targets, ignore_index)
     return tile_loop.backward(make_fold, head, hidden, targets, scored, lse, logps, grad, needs)
-        make_fold, Head(weight, bias, *head_options), hidden, targets, scored, lse, logps, grad, needs
-    )
 
 
 torch_forward = functools.partial(_forward, TorchFold)
