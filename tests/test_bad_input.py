@@ -103,7 +103,8 @@ def test_refused_names_exist() -> None:
     assert set(REFUSED) <= set(TrainingArguments.__dataclass_fields__)
 
 
-def test_explicit_backend_that_cannot_run_here_is_refused(tmp_path: Path) -> None:
+def test_explicit_backend_that_cannot_run_here_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ValueError, match="backend='triton' cannot run here: "):
         tiny.trainer(tmp_path, backend="triton")
     with pytest.raises(ValueError, match="backend='triton' cannot run here: "):

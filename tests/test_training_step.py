@@ -150,7 +150,10 @@ def assert_same_run(one: Any, other: Any) -> None:
             other[0][name], value, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
     for a, b in zip(one[1], other[1], strict=True):
-        for key in a.keys() - {"train_runtime", "train_samples_per_second", "train_steps_per_second"}:
+        untimed = a.keys() - {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
+        # At the first step the policy is its reference, and the sign of a gap is the sign of its rounding
+        equal_models = abs(a.get("rewards/margins", 1.0)) < 1e-5
+        for key in untimed - ({"rewards/accuracies"} if equal_models else set()):
             assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-5), key
 
 

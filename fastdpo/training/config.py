@@ -416,6 +416,7 @@ class FastDPOConfig(TrainingArguments):
                 scope=self.beta_scope,
                 variant=self.beta_variant,
                 seed=self.seed,
+                backend=self.backend,
             )
         except ValueError as error:
             raise ValueError(_with_option_name(str(error))) from error

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fastdpo.dynamic_beta import DynamicBeta
 from fastdpo.losses import LOSSES
-from fastdpo.reference import BetaPlan, PreferenceOutput, preference_gap, preference_loss
+from fastdpo.preference import preference_loss
+from fastdpo.reference import BetaPlan, PreferenceOutput, preference_gap
 from fastdpo.training.config import FastDPOConfig
 from fastdpo.training.scoring import PairScores
 
@@ -53,8 +54,8 @@ class Objective:
             rejected_lengths=scores.rejected_lengths,
         )
 
-    def loss(self, scores: PairScores, plan: BetaPlan | None = None) -> PreferenceOutput:
-        """The loss over all pairs of `scores`, differentiable in its log-probs."""
+    def loss(self, scores: PairScores, plan: BetaPlan | None = None, *, backend: str | None = None) -> PreferenceOutput:
+        """The loss over all pairs of `scores`, differentiable in its log-probs; `backend` defaults to the run's."""
         args = self.args
         parameters: dict[str, Any] = dict(args.loss_parameters())
         return preference_loss(
@@ -72,6 +73,7 @@ class Objective:
             f_divergence=args.f_divergence_type,
             pair_weights=scores.pair_weights if args.use_weighting else None,
             sft_logps=scores.chosen_sums,
+            backend=self.args.backend if backend is None else backend,
             **parameters,
         )
 

@@ -91,7 +91,8 @@ class ScoringMixin(Trainer):
     def evaluation_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Loss and metrics over all evaluation pairs, from their gathered scores (N, 8)."""
         scores = PairScores.unstack(torch.as_tensor(prediction.predictions))
-        output = self.objective.loss(scores)
+        # On the host, and over any number of pairs
+        output = self.objective.loss(scores, backend="torch")
         metrics = self.objective.metrics(scores, output)
         return {"loss": float(output.loss), **{name: float(value) for name, value in metrics.items()}}
 
