@@ -1,5 +1,6 @@
 # make demo   align a small model on this machine       make test   run the tests
 # make lint   format, rules, types                       make dist   build wheel and sdist
+# make bench  ratios of time and memory against the peers (about 7 minutes)
 # ARGS="..." is passed on: make demo ARGS="--pairs all --minutes 60", make test ARGS="-k resume"
 
 PYTHON ?= python3
@@ -7,13 +8,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test lint format dist clean
+.PHONY: demo test bench lint format dist clean
 
 demo: $(VENV)/.run
 	$(BIN)/fastdpo demo --overwrite_output_dir $(ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -40,4 +44,8 @@ $(VENV)/.run: requirements/run.txt requirements/demo-model.txt pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.run requirements/dev.txt
 	$(BIN)/python -m pip install --quiet --requirement requirements/dev.txt
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.dev requirements/bench.txt
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements/bench.txt
 	touch $@

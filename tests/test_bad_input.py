@@ -110,7 +110,7 @@ def test_explicit_backend_that_cannot_run_here_is_refused(tmp_path: Path, monkey
     with pytest.raises(ValueError, match="backend='triton' cannot run here: "):
         fastdpo.selective_logprob(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), backend="triton")
     with pytest.raises(ValueError, match="backend='cuda' is unknown; accepted are auto, torch, triton"):
-        fastdpo.preference_loss(torch.zeros(2), torch.zeros(2), loss_type="simpo", backend="cuda")
+        fastdpo.preference_loss(*[torch.zeros(2)] * 4, backend="cuda")
 
 
 def test_lora_and_model_options() -> None:

@@ -180,7 +180,10 @@ def test_option_file_with_an_unknown_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["info"], ["--version"], ["info", "--help"]])
-def test_commands_that_only_print(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_that_only_print(
+    argv: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
     assert main(argv) == 0
     printed = capsys.readouterr().out
     assert "fastdpo" in printed

@@ -122,7 +122,7 @@ SPECS = {
     "rescale": Spec("linear_logprob:_rescale_rows_kernel", {"BLOCK": 1024}, HEAD_TYPES, wide_loads=2, wide_stores=2),
     "finish": Spec(
         "linear_logprob:_finish_unit_gradient_kernel",
-        {"BLOCK": 1024},
+        {"BLOCK": 1024, "stride_weight_column": 1},  # as Triton specialises the argument for a contiguous weight
         HEAD_TYPES,
         wide_loads=3,
         wide_stores=2,

@@ -30,10 +30,25 @@ def tanh(u: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 
 @triton.jit
 def expm1(u: tl.tensor) -> tl.tensor:
-    """exp(u) − 1 to a few ulp, for u ≤ 0 or little above."""
+    """exp(u) − 1 to a few ulp."""
     # With t = tanh(u/2): eᵘ − 1 = 2t/(1 − t)
     t, _ = tanh(0.5 * u)
     return tl.where(tl.abs(u) < _TANH_SPLIT, 2.0 * t / (1.0 - t), tl.exp(u) - 1.0)
+
+
+@triton.jit
+def log1p(y: tl.tensor) -> tl.tensor:
+    """log(1 + y) for −½ ≤ y ≤ 1, relative error below 1e-6: 2·artanh(z) at z = y/(2 + y), |z| ≤ ⅓, as a series."""
+    z = y / (2.0 + y)
+    w = z * z
+    # 1 + w/3 + w²/5 + … + w⁷/15; the rest is below 2e-9
+    series = 1.0 / 13.0 + w * (1.0 / 15.0)
+    series = 1.0 / 11.0 + w * series
+    series = 1.0 / 9.0 + w * series
+    series = 1.0 / 7.0 + w * series
+    series = 1.0 / 5.0 + w * series
+    series = 1.0 / 3.0 + w * series
+    return 2.0 * z * (1.0 + w * series)
 
 
 @triton.jit

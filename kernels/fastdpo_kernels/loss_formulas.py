@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastdpo_kernels.device_math import expm1, log1p
+
 #: As `fastdpo.losses`: exponents are clamped here, so that a squared score stays in fp32's range.
 _MAX_EXPONENT = tl.constexpr(40.0)
 _MAX_MEAN_LOGP = tl.constexpr(-1e-6)
@@ -23,44 +25,13 @@ PAIR_INPUTS: dict[str, str] = {
     **dict.fromkeys(("sft", "simpo", "orpo", "cpo", "cpo_simpo"), "logps"),
 }
 
-# Elementary functions. libdevice is not there under the interpreter, and Triton has no log1p or expm1.
-
-
-@triton.jit
-def _log1p(y: tl.tensor) -> tl.tensor:
-    """log(1 + y) for −½ ≤ y ≤ 1, relative error below 1e-6: 2·artanh(z) at z = y/(2 + y), |z| ≤ ⅓, as a series."""
-    z = y / (2.0 + y)
-    w = z * z
-    # 1 + w/3 + w²/5 + … + w⁷/15; the rest is below 2e-9
-    series = 1.0 / 13.0 + w * (1.0 / 15.0)
-    series = 1.0 / 11.0 + w * series
-    series = 1.0 / 9.0 + w * series
-    series = 1.0 / 7.0 + w * series
-    series = 1.0 / 5.0 + w * series
-    series = 1.0 / 3.0 + w * series
-    return 2.0 * z * (1.0 + w * series)
-
-
-@triton.jit
-def _expm1(x: tl.tensor) -> tl.tensor:
-    """e^x − 1; where |x| < 0.7 by its Taylor series, with a rest below 1e-9, as the difference cancels."""
-    near = tl.abs(x) < 0.7
-    t = tl.where(near, x, 0.0)
-    series = 1.0 / 362880.0 + t * (1.0 / 3628800.0)
-    series = 1.0 / 40320.0 + t * series
-    series = 1.0 / 5040.0 + t * series
-    series = 1.0 / 720.0 + t * series
-    series = 1.0 / 120.0 + t * series
-    series = 1.0 / 24.0 + t * series
-    series = 1.0 / 6.0 + t * series
-    series = 1.0 / 2.0 + t * series
-    return tl.where(near, t + t * t * series, tl.exp(x) - 1.0)
+# Elementary functions
 
 
 @triton.jit
 def _softplus(x: tl.tensor) -> tl.tensor:
     """log(1 + e^x) = max(x, 0) + log(1 + e^−|x|); −log σ(x) is _softplus(−x)."""
-    return tl.where(x > 0.0, x, 0.0) + _log1p(tl.exp(-tl.abs(x)))
+    return tl.where(x > 0.0, x, 0.0) + log1p(tl.exp(-tl.abs(x)))
 
 
 @triton.jit
@@ -99,7 +70,7 @@ def divergence_score(u: tl.tensor, alpha_minus_1: tl.tensor, F_DIVERGENCE: tl.co
             rate = alpha_minus_1
         exponent = rate * u
         clamped = tl.where(exponent > _MAX_EXPONENT, _MAX_EXPONENT, exponent)
-        return _expm1(clamped) / rate, tl.where(exponent > _MAX_EXPONENT, 0.0, tl.exp(clamped))
+        return expm1(clamped) / rate, tl.where(exponent > _MAX_EXPONENT, 0.0, tl.exp(clamped))
 
 
 # Losses of one argument x: (value, derivative)
@@ -160,9 +131,9 @@ def _log_odds(mean_logps: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     log(1 − e^x) is log(−expm1(x)) above −log 2 and log1p(−e^x) below it.
     """
     x = tl.where(mean_logps > _MAX_MEAN_LOGP, _MAX_MEAN_LOGP, mean_logps)
-    complement = -_expm1(x)
+    complement = -expm1(x)
     near_one = x > -_LOG_2
-    log_complement = tl.where(near_one, tl.log(complement), _log1p(-tl.exp(tl.where(near_one, -1.0, x))))
+    log_complement = tl.where(near_one, tl.log(complement), log1p(-tl.exp(tl.where(near_one, -1.0, x))))
     return x - log_complement, tl.where(mean_logps > _MAX_MEAN_LOGP, 0.0, 1.0 / complement)
 
 

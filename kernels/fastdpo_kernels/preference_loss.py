@@ -467,6 +467,10 @@ def _launch(
         f_divergence = "reverse_kl"
     chosen, boundaries = pair_tensors[0], pair_tensors[4]
     assert chosen is not None
+    if missing := [name for name in names if name not in PAIR_INPUTS]:
+        raise ValueError(
+            f"loss_type={missing} has no Triton kernel, only {', '.join(PAIR_INPUTS)}; use backend='torch'."
+        )
     device, pairs = chosen.device, num_pairs(chosen, boundaries)
     n = pairs if all_margins is None else all_margins.numel()
     block, warps = block_size(n)

@@ -1,0 +1,1 @@
+"""Benchmarks of the loss backend: `python -m benchmarks`, see README.md beside this file."""

@@ -1,0 +1,66 @@
+"""`python -m benchmarks [SECTION ...]`: prints each section's figures beside what they are compared with."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.report import Figure, as_json, machine, print_table
+from benchmarks.settings import Settings
+
+SECTIONS = ("head", "peers", "scaling", "memory", "loss", "accuracy", "roofline")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m benchmarks", description="Ratios within one run; nothing is a test.")
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; default all")
+    parser.add_argument("--threads", type=int, default=2, help="default 2")
+    parser.add_argument("--repeats", type=int, default=5, help="best of so many runs, default 5")
+    parser.add_argument(
+        "--budget", type=float, default=12.0, help="seconds after which a contender runs no more than twice"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of head, peers, scaling and memory")
+    parser.add_argument("--full", action="store_true", help="also cases that take a minute each")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, which only show that everything runs")
+    parser.add_argument("--plot", type=Path, help="write the scaling section's figure here")
+    parser.add_argument("--output", type=Path, help="write all figures here as JSON")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.sections) - set(SECTIONS):
+        parser.error(f"unknown section {', '.join(sorted(unknown))}; choose from {', '.join(SECTIONS)}")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, list[Figure]]:
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    settings = Settings(
+        options.threads,
+        options.repeats,
+        options.budget,
+        DTYPES[options.dtype],
+        options.full,
+        options.tiny,
+        options.plot,
+    )
+    print(", ".join(f"{name} {value}" for name, value in machine(options.threads).items()), flush=True)
+    figures = {}
+    for section in options.sections or SECTIONS:
+        module = importlib.import_module(f"benchmarks.{section}")
+        start = time.perf_counter()
+        figures[section] = module.run(settings)
+        print_table(f"{module.TITLE} [{time.perf_counter() - start:.0f} s]", figures[section])
+    if options.output is not None:
+        options.output.write_text(as_json(figures, options.threads, settings.dtype), encoding="utf-8")
+    missed = [figure for listed in figures.values() for figure in listed if figure.met is False]
+    print(f"{len(missed)} of {sum(f.met is not None for listed in figures.values() for f in listed)} targets missed")
+    return figures
+
+
+if __name__ == "__main__":
+    main()
