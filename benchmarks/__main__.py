@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.contenders import warm_up
 from benchmarks.report import Figure, as_json, machine, print_table
 from benchmarks.settings import Settings
 
@@ -23,7 +24,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="default 2")
     parser.add_argument("--repeats", type=int, default=5, help="best of so many runs, default 5")
     parser.add_argument(
-        "--budget", type=float, default=12.0, help="seconds after which a contender runs no more than twice"
+        "--budget", type=float, default=10.0, help="seconds of a contender after which it rests, default 10"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of head, peers, scaling and memory")
     parser.add_argument("--full", action="store_true", help="also cases that take a minute each")
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[Figure]]:
         options.plot,
     )
     print(", ".join(f"{name} {value}" for name, value in machine(options.threads).items()), flush=True)
+    warm_up(settings.dtype)
     figures = {}
     for section in options.sections or SECTIONS:
         module = importlib.import_module(f"benchmarks.{section}")

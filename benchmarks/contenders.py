@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastdpo
-from benchmarks.cases import HeadInputs, PairInputs
+from benchmarks.cases import HeadCase, HeadInputs, PairInputs, head_inputs
 
 #: What TRL's DPOTrainer asks its head for; of a PEFT model in the reference pass too, as it is the same model.
 TRL_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
@@ -32,6 +32,11 @@ def fastdpo_head(x: HeadInputs) -> None:
     fastdpo_policy_head(x)
     with torch.no_grad():
         fastdpo_logps(x.ref_hidden, x.weight, x.targets)
+
+
+def warm_up(dtype: torch.dtype) -> None:
+    """Load BLAS and its threads, the operators and autograd, which take more than a second in the first call."""
+    fastdpo_head(head_inputs(HeadCase(16, 32, 64), dtype))
 
 
 def fastdpo_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -98,13 +103,8 @@ POLICY_HEADS: dict[str, Callable[[HeadInputs], Tensor]] = {
 
 
 def fastdpo_pairs(x: PairInputs) -> Outcome:
-    if hasattr(fastdpo, "linear_preference_loss"):
-        output = fastdpo.linear_preference_loss(x.hidden, x.weight, x.targets, ref_hidden=x.ref_hidden, beta=x.beta)
-        return _outcome(output.loss, x)
-    logps = fastdpo_logps(x.hidden, x.weight, x.targets).sum(1)
-    with torch.no_grad():
-        ref_logps = fastdpo_logps(x.ref_hidden, x.weight, x.targets).sum(1)
-    return _outcome(fastdpo.preference_loss(*logps.chunk(2), *ref_logps.chunk(2), beta=x.beta).loss, x)
+    output = fastdpo.linear_preference_loss(x.hidden, x.weight, x.targets, ref_hidden=x.ref_hidden, beta=x.beta)
+    return _outcome(output.loss, x)
 
 
 def liger_pairs(x: PairInputs) -> Outcome:

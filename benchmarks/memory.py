@@ -35,7 +35,7 @@ def run(settings: Settings) -> list[Figure]:
     figures = []
     for case in cases.TINY_HEAD[:1] if settings.tiny else cases.MEMORY_CASES:
         if case.heavy and not settings.full:
-            figures.append(Figure(case.name, "fastdpo", note="about a minute; --full measures it"))
+            figures.append(Figure(case.name, "fastdpo", note="takes long; --full measures it"))
             continue
         gradient = case.rows * case.hidden * settings.dtype.itemsize
         tile = plan_tiles(case.rows, case.vocab, case.hidden).bytes()

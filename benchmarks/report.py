@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -65,8 +66,8 @@ class Figure:
 
 def table(title: str, figures: Iterable[Figure]) -> Table:
     made = Table(title=title, title_justify="left", title_style="bold")
-    for name in ("case", "measured", "", "compared with", "", "ratio", "target", "note"):
-        made.add_column(name, justify="left" if name in ("case", "measured", "compared with", "note") else "right")
+    for name in ("case", "what", "", "compared with", "", "ratio", "target", "note"):
+        made.add_column(name, justify="left" if name in ("case", "what", "compared with", "note") else "right")
     last = None
     for figure in figures:
         colour = {None: "", True: "green", False: "red"}[figure.met]
@@ -95,6 +96,7 @@ def print_table(title: str, figures: Iterable[Figure]) -> None:
     console = Console()
     # A pipe or a file has no width of its own
     Console(width=None if console.is_terminal else 190).print(table(title, figures))
+    sys.stdout.flush()
 
 
 def machine(threads: int) -> dict[str, str | int]:

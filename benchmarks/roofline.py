@@ -62,8 +62,8 @@ def count(case: HeadCase, plan: tiles.TilePlan) -> Counted:
     finish = (8 + ITEM + ITEM) * n * h + 2 * ITEM * n * h  # the unit gradient, and its scaling in the backward
     rescale = slices - 1  # launches; rows whose peak stays are not touched
     launches = chunks * (3 * slices + rescale + 1 + 2 * slices)
-    return Counted(((2 * n * h * v, logits), (2 * n * h * v, product), (2 * n * h * v, logits)),
-                   fold_policy + fold_reference + finish, launches)  # fmt: skip
+    gemm = 2 * n * h * v
+    return Counted(((gemm, logits), (gemm, product), (gemm, logits)), fold_policy + fold_reference + finish, launches)
 
 
 def plan_for(gpu: Gpu, case: HeadCase) -> tiles.TilePlan:

@@ -16,7 +16,7 @@ class Settings:
 
     threads: int = 2
     repeats: int = 5
-    budget: float = 12.0
+    budget: float = 10.0
     dtype: torch.dtype = torch.float32
     full: bool = False
     tiny: bool = False

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 Result = TypeVar("Result")
-#: The first run pays for page faults and lazy initialisation, so nobody is judged by it alone.
+#: The first run pays for page faults and lazy initialisation, so nobody is judged by it alone,
 MIN_RUNS = 2
+#: unless it took so many seconds that those are lost in it.
+LONG_RUN = 15.0
 
 
 @dataclass
@@ -29,8 +31,8 @@ class Timing(Generic[Result]):
         return statistics.median(self.seconds)
 
     def wants_more(self, repeats: int, budget: float) -> bool:
-        runs = len(self.seconds)
-        return runs < MIN_RUNS or (runs < repeats and sum(self.seconds) < budget)
+        runs, spent = len(self.seconds), sum(self.seconds)
+        return spent < LONG_RUN if runs < MIN_RUNS else runs < repeats and spent < budget
 
 
 def interleave(

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from fastdpo.backends import backends
     from fastdpo.data import load_preferences, tokenize_preferences
     from fastdpo.dynamic_beta import DynamicBeta
-    from fastdpo.functional import linear_logprob, preference_loss, selective_logprob
+    from fastdpo.functional import linear_logprob, preference_loss, selective_logprob, token_preference_loss
+    from fastdpo.linear_preference import linear_preference_loss
+    from fastdpo.modules import FusedLinearDPOLoss
     from fastdpo.reference import PreferenceOutput
     from fastdpo.training.config import FastDPOConfig
     from fastdpo.training.trainer import FastDPOTrainer
@@ -21,12 +23,15 @@ _EXPORTS = {
     "DynamicBeta": "fastdpo.dynamic_beta",
     "FastDPOConfig": "fastdpo.training.config",
     "FastDPOTrainer": "fastdpo.training.trainer",
+    "FusedLinearDPOLoss": "fastdpo.modules",
     "PreferenceOutput": "fastdpo.reference",
     "backends": "fastdpo.backends",
     "linear_logprob": "fastdpo.functional",
+    "linear_preference_loss": "fastdpo.linear_preference",
     "load_preferences": "fastdpo.data",
     "preference_loss": "fastdpo.functional",
     "selective_logprob": "fastdpo.functional",
+    "token_preference_loss": "fastdpo.functional",
     "tokenize_preferences": "fastdpo.data",
 }
 
@@ -34,13 +39,16 @@ __all__ = [
     "DynamicBeta",
     "FastDPOConfig",
     "FastDPOTrainer",
+    "FusedLinearDPOLoss",
     "PreferenceOutput",
     "__version__",
     "backends",
     "linear_logprob",
+    "linear_preference_loss",
     "load_preferences",
     "preference_loss",
     "selective_logprob",
+    "token_preference_loss",
     "tokenize_preferences",
 ]
 

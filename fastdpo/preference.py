@@ -323,8 +323,7 @@ def _by_oracle(
 def _sum_rows(token_logps: Tensor, boundaries: Tensor) -> Tensor:
     """(N,) token log-probs, (R + 1,) boundaries → (R,) sums, in float32 at least; tokens outside the rows are left."""
     values = token_logps.to(torch.promote_types(token_logps.dtype, torch.float32))
-    row = torch.searchsorted(boundaries, torch.arange(len(values), device=values.device), right=True)
-    return values.new_zeros(boundaries.shape[0] + 1).index_add(0, row, values)[1:-1]
+    return torch.segment_reduce(values.contiguous(), "sum", offsets=boundaries, unsafe=True, initial=0.0)
 
 
 def _margin_inputs(pairs: PairTensors) -> tuple[Tensor | None, ...]:

@@ -62,12 +62,14 @@ def test_contenders_take_turns_until_their_seconds_are_spent(monkeypatch: pytest
         now[0] += seconds[ran.count(name) - 1]
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
-    slow, quick = [10.0, 9.0], [3.0, 1.0, 2.0]
+    seconds = {"long": [20.0], "slow": [10.0, 9.0], "quick": [3.0, 1.0, 2.0]}
     timings = timing.interleave(
-        {"slow": lambda: contender("slow", slow), "quick": lambda: contender("quick", quick)}, repeats=3, budget=15.0
+        {name: lambda name=name, each=each: contender(name, each) for name, each in seconds.items()},
+        repeats=3,
+        budget=15.0,
     )
-    assert ran == ["slow", "quick", "slow", "quick", "quick"]
-    assert timings["slow"].seconds == slow
+    assert ran == ["long", "slow", "quick", "slow", "quick", "quick"]
+    assert {name: timing.seconds for name, timing in timings.items()} == seconds
     assert (timings["quick"].best, timings["quick"].median) == (1.0, 2.0)
 
 
@@ -85,7 +87,8 @@ def test_memory_sees_what_is_freed_before_the_end(monkeypatch: pytest.MonkeyPatc
         return x.hidden.detach()
 
     monkeypatch.setitem(memory.POLICY_HEADS, "other", holds_64_mib)
-    assert 64 <= memory.growth(HeadCase(16, 32, 64), "other", torch.float32) / memory.MIB < 72
+    # Linux counts resident pages in batches per core
+    assert 63 <= memory.growth(HeadCase(16, 32, 64), "other", torch.float32) / memory.MIB < 72
 
 
 def test_counts_by_hand() -> None:
@@ -109,6 +112,9 @@ def test_batch_is_shaped_as_it_says() -> None:
     assert 2 <= int(rows.min()) <= int(rows.max()) <= 6
     assert inputs.targets.shape[1] == int((first + rows).max())  # nothing but padding beyond
     assert not inputs.weight.requires_grad
+    # Five prompt tokens, of which the last predicts the first of three
+    exact = cases.pair_inputs(cases.PairCase(pairs=1, hidden=4, vocab=50, prompt=(5, 5), completion=(3, 3)))
+    assert exact.mask.tolist() == 2 * [4 * [False] + 3 * [True]]
     wide = cases.pair_inputs(cases.PairCase(pairs=2, hidden=64, vocab=500))
     logits = wide.hidden.detach() @ wide.weight.t()
     assert float(logits.std()) == pytest.approx(cases.LOGIT_STD, rel=0.05)

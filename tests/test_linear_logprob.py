@@ -420,7 +420,7 @@ def test_plans(monkeypatch: pytest.MonkeyPatch) -> None:
         plan = plan_tiles(rows, 256_000, hidden)
         assert plan.bytes() <= 8 * 2**20
         assert plan.columns % 256 == 0
-        assert 256 <= plan.columns <= 8192
+        assert 256 <= plan.columns <= 2048
 
 
 def test_plan_override(monkeypatch: pytest.MonkeyPatch) -> None:
