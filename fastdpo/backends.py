@@ -38,6 +38,12 @@ def _why_no_triton() -> str:
     return ""
 
 
+def check_backend_name(backend: str) -> None:
+    """Raise ValueError for a backend that does not exist."""
+    if backend not in (accepted := ("auto", *backends())):
+        raise ValueError(f"backend={backend!r} is unknown; accepted are {', '.join(accepted)}.")
+
+
 @torch.compiler.assume_constant_result
 def resolve_backend(backend: str = "auto", device: torch.device | None = None, dtype: torch.dtype | None = None) -> str:
     """The backend that serves `backend` for tensors on `device` (default: the GPU if there is one, else the CPU).

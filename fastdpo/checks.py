@@ -157,7 +157,20 @@ def check_preference_tensors(
         expected = tuple(chosen.shape) if per_token else (num_pairs,)
         if tensor.dim() != 1 or tensor.shape[0] != expected[0]:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; {expected} is needed, as {first} says.")
-    check_triton(first, chosen, num_pairs, backend)
+    for name, tensor in named.items():
+        if tensor is not None and name.endswith("logps"):
+            check_triton(name, tensor, num_pairs, backend)
+
+
+def check_boundaries(boundaries: Tensor, token_logps: Tensor) -> None:
+    """Raise ValueError for row boundaries that fall, or leave [0, N]. On a CPU only: elsewhere it would wait."""
+    if type(boundaries) is not Tensor or boundaries.device.type != "cpu" or boundaries.numel() == 0:
+        return
+    first, last, tokens = int(boundaries[0]), int(boundaries[-1]), token_logps.shape[0]
+    if first < 0 or last > tokens or bool((boundaries.diff() < 0).any()):
+        raise ValueError(
+            f"boundaries run from {first} to {last} for {tokens} tokens; they must not fall, nor leave [0, {tokens}]."
+        )
 
 
 def check_plan_tensors(margins: Tensor, m0: Tensor, sigma: Tensor, step: Tensor, *, backend: str = "torch") -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastdpo.backends import check_backend_name
 from fastdpo.checks import check_dynamic_beta_options, check_plan_tensors
 from fastdpo.ops.preference_loss import PlanOptions, as_plan, plan_batch, serving_backend
 from fastdpo.reference import BetaPlan, BetaState, dynamic_beta
@@ -63,6 +64,7 @@ class DynamicBeta(nn.Module):
             "seed": seed,
         }
         check_dynamic_beta_options(**self.options)
+        check_backend_name(backend)
         self.backend = backend
         self.register_buffer("m0", torch.zeros((), dtype=torch.float32))
         self.register_buffer("sigma", torch.zeros((), dtype=torch.float32))
@@ -82,11 +84,17 @@ class DynamicBeta(nn.Module):
         """The settings as operators take them."""
         return PlanOptions(**self.options, training=self.training)
 
-    def plan(self, margins: Tensor) -> BetaPlan:
-        """Plan the batch of these (N,) margins without changing the state."""
+    def backend_for(self, backend: str) -> str:
+        """The backend of a call that names one too. Raises ValueError where the two differ."""
+        if "auto" not in (backend, self.backend) and backend != self.backend:
+            raise ValueError(f"backend={backend!r}, but the DynamicBeta has backend={self.backend!r}; give it to one.")
+        return self.backend if backend == "auto" else backend
+
+    def plan(self, margins: Tensor, *, backend: str = "auto") -> BetaPlan:
+        """Plan the batch of these (N,) margins without changing the state; `backend` defaults to the module's."""
         margins = margins.detach()
         check_plan_tensors(margins, *self.state)
-        backend = serving_backend(self.backend, margins, margins.shape[0])
+        backend = serving_backend(self.backend_for(backend), margins, margins.shape[0])
         if backend == "torch":
             return dynamic_beta(margins, self.state, training=self.training, **self.options)
         return as_plan(plan_batch(margins, *self.state, *self.plan_options().packed(), backend))
@@ -98,19 +106,22 @@ class DynamicBeta(nn.Module):
         self.sigma.copy_(plan.state.sigma)
         self.step.copy_(plan.state.step)
 
-    def forward(self, margins: Tensor, process_group: dist.ProcessGroup | None = None) -> BetaPlan:
+    def forward(
+        self, margins: Tensor, process_group: dist.ProcessGroup | None = None, *, backend: str = "auto"
+    ) -> BetaPlan:
         """Plan the global batch and, in training mode, commit it.
 
         Args:
             margins: (B,), this rank's raw log-ratio gaps.
             process_group: ranks that share the batch, each with B pairs; None for this rank alone.
+            backend: of the plan; default: the module's.
 
         Returns:
             The plan of the global batch, pairs ordered by rank, with this rank's part of `keep` (and of an
             instance-level `beta`), (B,). Every rank draws the same.
         """
         gathered, first_pair = gather_margins(margins.detach(), process_group)
-        plan = self.plan(gathered)
+        plan = self.plan(gathered, backend=backend)
         if self.training:
             self.commit(plan)
         return plan_of(plan, slice(first_pair, first_pair + margins.numel()))
@@ -119,8 +130,12 @@ class DynamicBeta(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynamicBeta:
-        # .half() and .to(dtype) move the statistics but leave their dtype: 16 bits cannot hold a running mean
-        return super()._apply(lambda t: fn(t).to(t.dtype), recurse)
+        # .half() and .to(dtype) move the statistics but leave them as they are: 16 bits cannot hold a running mean
+        def move(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+        return super()._apply(move, recurse)
 
 
 def gather_margins(margins: Tensor, process_group: dist.ProcessGroup | None) -> tuple[Tensor, int]:

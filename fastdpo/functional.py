@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,17 +16,6 @@ from fastdpo.ops.linear_logprob import check_head_tensors
 from fastdpo.ops.selective_logprob import check_logits, check_overwritable
 from fastdpo.preference import preference_loss as preference_loss
 from fastdpo.preference import token_preference_loss as token_preference_loss
-
-Result = TypeVar("Result")
-
-
-def _with_backend(function: Callable[..., Result]) -> Callable[..., Result]:
-    @functools.wraps(function)
-    def call(*args: Any, backend: str = "auto", **kwargs: Any) -> Result:
-        resolve_backend(backend)
-        return function(*args, **kwargs)
-
-    return call
 
 
 def linear_logprob(

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from fastdpo import reference
 from fastdpo.checks import (
+    check_boundaries,
     check_loss_inputs,
     check_loss_options,
     check_pair_tensors,
@@ -151,8 +152,9 @@ def token_preference_loss(
 
     Args:
         token_logps: (N,), of the completions' tokens, row after row.
-        boundaries: (2B + 1,) int64, rising: row i is token_logps[boundaries[i] : boundaries[i + 1]]; B chosen rows,
-            then their B rejected ones. Tokens before the first and after the last take no part.
+        boundaries: (2B + 1,) int64, not falling, in [0, N] (checked on a CPU): row i is
+            token_logps[boundaries[i] : boundaries[i + 1]]; B chosen rows, then their B rejected ones. Tokens before the
+            first and after the last take no part.
         ref_token_logps: (N,), the same under the reference, without gradient.
         ref_logps: (2B,), the reference's log-probs summed over rows, instead.
         chosen_lengths, rejected_lengths: (B,); default the rows' lengths.
@@ -166,6 +168,8 @@ def token_preference_loss(
         raise ValueError(f"token_logps has shape {tuple(token_logps.shape)}; pass (N,), row after row.")
     if ref_logps is not None and ref_logps.shape != (boundaries.numel() - 1,):
         raise ValueError(f"ref_logps has shape {tuple(ref_logps.shape)}; boundaries say ({boundaries.numel() - 1},).")
+    if not torch.compiler.is_compiling():
+        check_boundaries(boundaries, token_logps)
     ref_chosen, ref_rejected = (None, None) if ref_logps is None else ref_logps.chunk(2)
     pairs = PairTensors(
         token_logps,
@@ -225,6 +229,8 @@ def _preference_loss(
     if module is None and process_group is not None:
         raise ValueError("process_group has no effect without a DynamicBeta as beta; leave it out.")
     _check_tensors(pairs, terms, None if module is not None else beta, keep)
+    if module is not None:
+        backend = module.backend_for(backend)
     backend = ops.serving_backend(backend, pairs.chosen, pairs.num_pairs)
     if backend == "torch":
         return _by_oracle(
@@ -258,7 +264,7 @@ def _preference_loss(
         output = _planned(pairs, options, module, process_group, backend)
     elif module is not None:
         margins = ops.preference_margins(*_margin_inputs(pairs), first.needs_reference, options.mean_gap, backend)
-        plan = module(margins, process_group)
+        plan = module(margins, process_group, backend=backend)
         output = _sorted(pairs, options, _Given(plan.beta, 0.0, plan.keep), backend)._replace(plan=plan)
     else:
         assert not isinstance(beta, DynamicBeta)
@@ -313,7 +319,7 @@ def _by_oracle(
     if module is not None:
         with torch.no_grad():
             margins = preference_gap(*policy, *references, loss_type=options["loss_type"], **lengths)
-        plan = module(margins, process_group)
+        plan = module(margins, process_group, backend="torch")
         reward_beta = module.beta if options["reward_beta"] is None else options["reward_beta"]
         options |= {"beta": plan.beta, "keep": plan.keep, "reward_beta": reward_beta}
     options |= {"pair_weights": pairs.pair_weights, "sft_logps": pairs.sft_logps, **lengths}
@@ -386,8 +392,6 @@ def _sorted(pairs: PairTensors, options: LossOptions, given: _Given, backend: st
         own = options._replace(
             loss_types=[options.loss_types[i] for i in mine],
             loss_weights=[options.loss_weights[i] for i in mine],
-            # The f-divergence acts on none of the losses that sort
-            f_divergence="reverse_kl" if matches else options.f_divergence,
         )
         parts.append(_given(aligned, own, given._replace(keep=keep), backend))
     loss, losses = parts[0].loss, parts[0].losses
@@ -395,7 +399,7 @@ def _sorted(pairs: PairTensors, options: LossOptions, given: _Given, backend: st
         loss, losses = loss + part.loss, losses + part.losses
     with torch.no_grad():
         margins = ops.preference_margins(*_margin_inputs(pairs), options.reference_gap, options.mean_gap, backend)
-        fixed = given.fixed_beta if given.beta is None else given.beta.to(zeros)
+        fixed = given.fixed_beta if given.beta is None else given.beta.to(w)
         scale = fixed if options.reward_beta is None else options.reward_beta
         rewards = scale * (w - ref), scale * (w_l - ref_l)
     return PreferenceOutput(loss, losses, *rewards, margins)

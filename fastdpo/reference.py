@@ -417,6 +417,7 @@ def dynamic_beta(
         state = BetaState(m0, sigma, state.step + finite.to(state.step.dtype))
     else:
         m0, sigma = torch.where(first, batch_mean, old_m0), torch.where(first, batch_std, old_sigma)
+        state = BetaState(*(x.clone() for x in state))  # not the module's own buffers, which change later
         keep = torch.ones_like(gaps, dtype=torch.bool)
     if scope == "instance":
         level = gaps

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import fastdpo
 from fastdpo.dynamic_beta import DynamicBeta
 from fastdpo.reference import BetaPlan, BetaState, dynamic_beta, gumbel_top_k, preference_loss
 from fastdpo.rng import gumbel
@@ -258,10 +259,29 @@ def test_resume_is_exact(tmp_path: Path) -> None:
 
 def test_a_cast_of_the_module_leaves_its_statistics() -> None:
     module = DynamicBeta()
-    module(torch.tensor([1.0, 2.2]))
-    module.bfloat16()
-    assert module.m0.dtype == module.sigma.dtype == torch.float32
-    assert module.step.dtype == torch.int64
+    module(torch.tensor([1.0, 2e5]))
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    module.bfloat16().half()
+    for name, value in module.state_dict().items():
+        assert value.dtype == before[name].dtype
+        assert torch.equal(value, before[name])
+
+
+def test_a_plan_in_evaluation_keeps_its_state() -> None:
+    module = DynamicBeta()
+    module(torch.tensor([1.0, 2.0]))
+    plan = module.eval().plan(torch.tensor([5.0, 7.0]))
+    m0 = plan.state.m0.item()
+    module.train()(torch.tensor([50.0, 70.0]))
+    assert plan.state.m0.item() == m0 != module.m0.item()
+
+
+def test_one_backend_for_a_call() -> None:
+    with pytest.raises(ValueError, match="backend='bogus' is unknown; accepted are auto, torch, triton"):
+        DynamicBeta(backend="bogus")
+    pairs = torch.zeros(4, 3).unbind()
+    with pytest.raises(ValueError, match="backend='torch', but the DynamicBeta has backend='triton'"):
+        fastdpo.preference_loss(*pairs, beta=DynamicBeta(backend="triton"), backend="torch")
 
 
 def _rank(rank: int, path: str, scope: str) -> None:
@@ -270,6 +290,16 @@ def _rank(rank: int, path: str, scope: str) -> None:
         module = DynamicBeta(scope=scope, seed=11)
         plans = [module(batch.chunk(2)[rank], process_group=dist.group.WORLD) for batch in _global_batches()]
         torch.save((plans, module.state_dict()), f"{path}/{rank}.pt")
+        for backend in ("torch", "triton"):
+            fused, losses = DynamicBeta(scope=scope, seed=11), []
+            for batch in _global_batches():
+                zeros = torch.zeros(4)
+                output = fastdpo.preference_loss(
+                    batch.chunk(2)[rank], zeros, zeros, zeros,
+                    beta=fused, process_group=dist.group.WORLD, reduction="sum", backend=backend,
+                )  # fmt: skip
+                losses.append(output.losses)
+            torch.save(losses, f"{path}/{backend}-{rank}.pt")
     finally:
         dist.destroy_process_group()
 
@@ -290,6 +320,12 @@ def test_two_ranks_draw_as_one(scope: str, tmp_path: Path) -> None:
         for plan, whole in zip(plans, expected, strict=True):
             beta = whole.beta.chunk(2)[rank] if scope == "instance" else whole.beta
             assert_same_plan(plan, whole._replace(keep=whole.keep.chunk(2)[rank], beta=beta))
+    for backend in ("torch", "triton"):
+        ranks = [torch.load(tmp_path / f"{backend}-{rank}.pt") for rank in range(2)]
+        for batch, plan, losses in zip(_global_batches(), expected, zip(*ranks, strict=True), strict=True):
+            # −log σ(β·M) of the kept pairs, by the plan of the global batch
+            truth = torch.where(plan.keep, torch.nn.functional.softplus(-plan.beta * batch), 0.0)
+            torch.testing.assert_close(torch.cat(losses), truth, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

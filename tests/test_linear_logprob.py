@@ -266,6 +266,8 @@ def test_opcheck(backend: str, trained: str) -> None:
     tensors = [data[name].requires_grad_(name in trained) for name in ("hidden", "weight", "bias")]
     options = (data["targets"], -100, 0.5, 1.5, 3.0, torch.float32, trained == "hidden", False, ["entropy"], backend)
     torch.library.opcheck(operator, (*tensors, *options))
+    transposed = tensors[1].detach().t().contiguous().t().requires_grad_("weight" in trained)
+    torch.library.opcheck(operator, (tensors[0], transposed, *tensors[2:], *options))
     grad, lse = torch.ones(3), torch.zeros(3)
     plain = [x.detach() for x in tensors]
     backward = torch.ops.fastdpo.linear_logprob_backward.default
@@ -303,13 +305,19 @@ def test_fake_tensors(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast_rounds_operands_and_nothing_else(backend: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_rounds_operands_and_nothing_else(backend: str, dtype: torch.dtype) -> None:
     data = problem(6, 16, 40, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = fastdpo.linear_logprob(data["hidden"], data["weight"], data["targets"], backend=backend)
-    rounded = [data[name].bfloat16().double() for name in ("hidden", "weight")]
+    with torch.autocast("cpu", dtype):
+        found, stats = fastdpo.linear_logprob(
+            data["hidden"], data["weight"], data["targets"], backend=backend, stats=STATS
+        )
+    rounded = [data[name].to(dtype).double() for name in ("hidden", "weight")]
+    truth, expected = reference.linear_logprob(*rounded, data["targets"], stats=STATS)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), reference.linear_logprob(*rounded, data["targets"]), rtol=0.0, atol=1e-5)
+    torch.testing.assert_close(found.double(), truth, rtol=0.0, atol=1e-5)
+    for name in STATS:
+        torch.testing.assert_close(stats[name].double(), expected[name].double(), rtol=0.0, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -373,6 +381,16 @@ def test_a_kept_graph_gives_the_same_gradient_again() -> None:
     torch.testing.assert_close(last, 3.0 * first)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(logps.sum(), hidden)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_caller_may_write_into_the_log_probs(frozen: bool) -> None:
+    data = problem(4, 3, 20, torch.float32)
+    hidden, weight = data["hidden"].requires_grad_(), data["weight"].requires_grad_(not frozen)
+    mask = torch.tensor([1.0, 0.0, 2.0, 1.0])
+    found, expected = (fastdpo.linear_logprob(hidden, weight, data["targets"]) for _ in range(2))
+    found.mul_(mask)
+    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), hidden)[0] for x in (found, expected * mask)))
 
 
 # Memory

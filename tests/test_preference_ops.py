@@ -221,6 +221,29 @@ def test_token_form_is_the_sequence_form_of_the_sums(loss_type: Any, backend: st
         assert alone[-3:].tolist() == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("boundaries", [[0, 3, 100_000], [0, 4, 2], [-1, 3, 6]])
+def test_boundaries_that_leave_the_tokens_are_refused(boundaries: list[int], backend: str) -> None:
+    with pytest.raises(ValueError, match=r"boundaries run from .* must not fall, nor leave \[0, 6\]"):
+        token_preference_loss(torch.zeros(6), torch.tensor(boundaries), torch.zeros(6), backend=backend)
+
+
+def test_unchecked_boundaries_read_no_other_memory() -> None:
+    """The operator, which checks no values: rows are cut to the tokens that there are."""
+    tokens = -torch.ones(6)
+    sums = ops.row_sums(tokens, torch.tensor([-5, 3, 100_000]), "triton")
+    assert sums.tolist() == [-3.0, -3.0]
+
+
+def test_operators_refuse_what_their_fakes_refuse() -> None:
+    pairs = ops.PairTensors(torch.zeros(4), torch.zeros(2), None, None, None, None, None, None, None)
+    options = ops.LossOptions(
+        ["simpo"], [1.0], list(ops.PARAMETERS.values()), 0.0, "reverse_kl", False, True, "mean", None
+    )
+    with pytest.raises(ValueError, match=r"rejected_logps has shape \(2,\)"):
+        ops.preference_loss(*pairs, None, 0.1, None, *options.packed(), "triton")
+
+
 def test_nan_tokens_of_a_dropped_pair_stay_there() -> None:
     tokens, ref_tokens, boundaries = ragged([3, 4, 2, 5])
     tokens[4] = math.nan

@@ -19,6 +19,8 @@ from fastdpo.ops.row_sums import RowSums
 
 #: How far a row's maximum may be from its peak: e^±40 leaves room for sums and products in fp32 and bf16.
 RISE = 40.0
+#: Squares of exponentials need twice the room.
+RISE_SQUARED = 20.0
 #: fp16 operands end at 65504 = e^11.
 RISE_HALF = 8.0
 #: Rows of target weights that are gathered at a time.
@@ -36,7 +38,9 @@ class TorchFold:
     def __init__(self, head: Head, targets: Tensor, stats: Sequence[str] = ()) -> None:
         self.head, self.targets, self.stats = head, targets, tuple(stats)
         self.slope = head.logit_scale / head.temperature
-        self.rise = RISE_HALF if head.operand_dtype == torch.float16 else RISE
+        self.rise = RISE_SQUARED if "log_sum_sq_probs" in stats else RISE
+        if head.operand_dtype == torch.float16:
+            self.rise = RISE_HALF
         self.rows = torch.arange(len(targets), device=targets.device)
         zeros = torch.zeros(len(targets), device=targets.device, dtype=head.accumulate_dtype)
         self.peak, self.others = zeros, zeros.clone()
@@ -61,7 +65,7 @@ class TorchFold:
         if tanh is not None:
             self.target_damping = torch.where(inside, 1.0 - tanh[self.rows, column] ** 2, self.target_damping)
         top = self._update_top(tile, first_column)
-        self._move_peak(top, first=first_column == 0)
+        self._move_peak(top)
         if "mean_logits" in self.stats:
             self.logits += tile.sum(1)
         if self.shifted:
@@ -154,8 +158,10 @@ class TorchFold:
         self.top_index = torch.where(better, index + first_column, self.top_index)
         return top
 
-    def _move_peak(self, top: Tensor, *, first: bool) -> None:
-        distance = (top - self.peak).abs() if first else top - self.peak
+    def _move_peak(self, top: Tensor) -> None:
+        # Before anything was summed, a peak far above is as wrong as one far below
+        empty = self.others == 0.0
+        distance = torch.where(empty, (top - self.peak).abs(), top - self.peak)
         # An infinite maximum is no reference: e^(inf − inf) is NaN where the sum itself is only infinite or zero
         move = (distance > self.rise) & top.isfinite()
         self.rescale = None
@@ -163,11 +169,10 @@ class TorchFold:
         if move.device.type == "cpu" and not bool(move.any()):
             return
         moved = torch.where(move, top, self.peak)
-        if not first:
-            self.rescale = torch.exp(self.peak - moved)
-            self.weighted = self.rescale * (self.weighted + (self.peak - moved) * self.others)
-            self.squares = self.rescale**2 * self.squares
-            self.others = self.rescale * self.others
+        self.rescale = torch.where(empty, 1.0, torch.exp(self.peak - moved))
+        self.weighted = self.rescale * (self.weighted + torch.where(empty, 0.0, self.peak - moved) * self.others)
+        self.squares = self.rescale**2 * self.squares
+        self.others = self.rescale * self.others
         self.peak, self.shifted = moved, True
 
     def _like(self, tile: Tensor, name: str) -> Tensor:

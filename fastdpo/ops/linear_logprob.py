@@ -33,6 +33,8 @@ def check_head_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None, targ
             "hidden (..., H), weight (V, H) and targets (...) do not fit: "
             f"{tuple(hidden.shape)}, {tuple(weight.shape)}, {tuple(targets.shape)}."
         )
+    if weight.numel() == 0:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; a head needs at least one token and one unit.")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias has shape {tuple(bias.shape)}; a weight of {tuple(weight.shape)} needs (V,).")
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
@@ -100,7 +102,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
     ctx.mark_non_differentiable(lse, gradient, values)
     ctx.set_materialize_grads(False)
     ctx.options, ctx.unit_gradient, ctx.disposable, ctx.backend = options, unit_gradient, disposable, backend
-    ctx.save_for_backward(*((gradient, targets) if unit_gradient else (lse, logps, hidden, weight, bias, targets)))
+    # The caller may write into the log-probs that it got
+    ctx.save_for_backward(
+        *((gradient, targets) if unit_gradient else (lse, logps.clone(), hidden, weight, bias, targets))
+    )
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -116,7 +121,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     ignore_index = ctx.options[0]
     if ignore_index is not None:
         grad = grad.masked_fill(targets == ignore_index, 0.0)
-    if ctx.disposable and _is_freed_afterwards(gradient):
+    if ctx.disposable and type(grad) is Tensor and _is_freed_afterwards(gradient):
         return scale_rows_(gradient, grad), None, None, *nothing
     return torch.ops.fastdpo.linear_logprob_scale(gradient, grad, ctx.backend), None, None, *nothing
 

@@ -7,6 +7,7 @@ implementation is named as "module:function" and imported on first use: no backe
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from collections.abc import Callable, Mapping
@@ -42,7 +43,14 @@ def define(
         *inputs, backend = args
         if backend not in implementations:
             raise ValueError(f"backend={backend!r} does not implement {name}; it has {', '.join(implementations)}.")
-        return _load(implementations[backend])(*inputs)
+        first = next(x for x in inputs if isinstance(x, torch.Tensor))
+        device = first.device.type
+        with contextlib.ExitStack() as stack:
+            if first.is_cuda:  # Triton launches on the current device, whatever its arguments are on
+                stack.enter_context(torch.cuda.device_of(first))
+            if torch.is_autocast_enabled(device):  # its lists of operations would round what is computed in float32
+                stack.enter_context(torch.autocast(device, enabled=False))
+            return _load(implementations[backend])(*inputs)
 
     torch.library.impl(qualified, "default", call)
     torch.library.register_fake(qualified, fake)

@@ -1,8 +1,9 @@
 """`torch.ops.fastdpo.selective_logprob`: log softmax(logits/T)[target] of logits (..., V) that exist already.
 
-The forward reads the logits once and keeps log Σ exp (one number per row) for the backward, which reads them once more
-and writes dL/dlogits = grad/T·(1[v = y] − p_v) once, in the logits' dtype: into new memory, or for
-`selective_logprob_inplace_backward` over the logits themselves. Neither backward has a derivative: a second one raises.
+The forward reads the logits once and keeps two numbers per row, peak = max_v x_v and log Σ_v exp((x_v − peak)/T),
+apart, as their sum would lose the digits of p where logits are large. The backward reads the logits once more and
+writes dL/dlogits = grad/T·(1[v = y] − p_v) once, in their dtype: into new memory, or over the logits themselves for
+`selective_logprob_inplace_backward`. Neither backward has a derivative: a second one raises.
 """
 
 from __future__ import annotations
@@ -39,11 +40,21 @@ def check_overwritable(logits: Tensor) -> None:
             "inplace_backward=True would overwrite a leaf that requires a gradient; logits must be the output of a "
             "model. Use inplace_backward=False."
         )
-    if any(stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
+    if _shares_memory(logits):
         raise ValueError(
             f"inplace_backward=True cannot write to logits that are expanded (strides {logits.stride()}): several "
             "elements share their memory. Use inplace_backward=False."
         )
+
+
+def _shares_memory(x: Tensor) -> bool:
+    """Whether elements of a strided view may overlap: a dimension steps no further than those below it reach."""
+    reach = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def _fake_forward(
@@ -51,14 +62,14 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor]:
     check_logits(logits, targets)
     logps = logits.new_empty(targets.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
-    return logps, torch.empty_like(logps)
+    return logps, logps.new_empty(2, *targets.shape)
 
 
 def _fake_backward(
     grad: Tensor,
     logits: Tensor,
     targets: Tensor,
-    lse: Tensor,
+    normalizers: Tensor,
     ignore_index: int | None,
     temperature: float,
     backend: str,
@@ -80,8 +91,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return None, None, None, None, None
-    logits, targets, lse = ctx.saved_tensors
-    gradient = torch.ops.fastdpo.selective_logprob_backward(grad, logits, targets, lse, *ctx.options)
+    logits, targets, normalizers = ctx.saved_tensors
+    gradient = torch.ops.fastdpo.selective_logprob_backward(grad, logits, targets, normalizers, *ctx.options)
     return gradient, None, None, None, None
 
 
@@ -93,10 +104,10 @@ def _inplace_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | 
             "inplace_backward=True overwrites the logits, so its graph cannot be kept for another backward: leave out "
             "retain_graph and create_graph, or use inplace_backward=False."
         )
-    logits, targets, lse = ctx.saved_tensors
+    logits, targets, normalizers = ctx.saved_tensors
     # Without its history, but with its version counter: whoever saved these logits too is told that they changed
     logits = logits.detach()
-    torch.ops.fastdpo.selective_logprob_backward_(grad, logits, targets, lse, *ctx.options)
+    torch.ops.fastdpo.selective_logprob_backward_(grad, logits, targets, normalizers, *ctx.options)
     return logits, None, None, None, None
 
 
@@ -109,13 +120,13 @@ def _implementations(function: str) -> dict[str, str]:
 
 define(
     "selective_logprob_backward",
-    f"(Tensor grad, Tensor logits, Tensor targets, Tensor lse, {_OPTIONS}) -> Tensor",
+    f"(Tensor grad, Tensor logits, Tensor targets, Tensor normalizers, {_OPTIONS}) -> Tensor",
     _fake_backward,
     _implementations("backward"),
 )
 define(
     "selective_logprob_backward_",
-    f"(Tensor grad, Tensor(a!) logits, Tensor targets, Tensor lse, {_OPTIONS}) -> ()",
+    f"(Tensor grad, Tensor(a!) logits, Tensor targets, Tensor normalizers, {_OPTIONS}) -> ()",
     _fake_backward_,
     _implementations("backward_"),
 )

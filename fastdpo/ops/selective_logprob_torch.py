@@ -18,13 +18,13 @@ CPU_BLOCK_BYTES, GPU_BLOCK_BYTES = 2**20, 64 * 2**20
 
 
 def forward(logits: Tensor, targets: Tensor, ignore_index: int | None, temperature: float) -> tuple[Tensor, Tensor]:
-    """logps and lse, both (...)."""
+    """logps (...) and normalizers (2, ...)."""
     check_logits(logits, targets)
     check_targets(targets, logits.shape[-1], ignore_index)
     dtype = statistics_dtype(logits)
     logps = torch.zeros(targets.shape, dtype=dtype, device=logits.device)
-    lse = torch.zeros_like(logps)
-    flat_targets, flat_logps, flat_lse = targets.reshape(-1), logps.view(-1), lse.view(-1)
+    normalizers = logps.new_zeros(2, *targets.shape)
+    flat_targets, flat_logps, flat_normalizers = targets.reshape(-1), logps.view(-1), normalizers.view(2, -1)
     work = _work(logits, dtype)
     for rows, x, wanted in blocks(logits, scored_rows(targets, ignore_index), len(work)):
         if wanted is False:
@@ -39,44 +39,45 @@ def forward(logits: Tensor, targets: Tensor, ignore_index: int | None, temperatu
         # log Σ exp(z − m)
         log_total = centred.exp_().sum(1).log_()
         flat_logps[rows] = target_logit - log_total
-        flat_lse[rows] = peak.squeeze(1) / temperature + log_total
+        flat_normalizers[0, rows], flat_normalizers[1, rows] = peak.squeeze(1), log_total
     if ignore_index is not None:
         ignored = targets == ignore_index
         logps.masked_fill_(ignored, 0.0)
-        lse.masked_fill_(ignored, 0.0)
-    return logps, lse
+        normalizers.masked_fill_(ignored, 0.0)
+    return logps, normalizers
 
 
 def backward(
-    grad: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int | None, temperature: float
+    grad: Tensor, logits: Tensor, targets: Tensor, normalizers: Tensor, ignore_index: int | None, temperature: float
 ) -> Tensor:
     """dL/dlogits (..., V) for grad = dL/dlogps (...), contiguous."""
     gradient = logits.new_empty(logits.shape)
-    _backward(grad, logits, targets, lse, ignore_index, temperature, gradient.view(-1, logits.shape[-1]))
+    _backward(grad, logits, targets, normalizers, ignore_index, temperature, gradient.view(-1, logits.shape[-1]))
     return gradient
 
 
 def backward_(
-    grad: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int | None, temperature: float
+    grad: Tensor, logits: Tensor, targets: Tensor, normalizers: Tensor, ignore_index: int | None, temperature: float
 ) -> None:
     """`backward`, over the logits."""
-    _backward(grad, logits, targets, lse, ignore_index, temperature, None)
+    _backward(grad, logits, targets, normalizers, ignore_index, temperature, None)
 
 
 def _backward(
     grad: Tensor,
     logits: Tensor,
     targets: Tensor,
-    lse: Tensor,
+    normalizers: Tensor,
     ignore_index: int | None,
     temperature: float,
     out: Tensor | None,
 ) -> None:
     """Write dL/dlogits into out (N, V), or over the logits."""
-    flat_targets, flat_grad, flat_lse = targets.reshape(-1), grad.reshape(-1, 1), lse.reshape(-1, 1)
+    flat_targets, flat_grad = targets.reshape(-1), grad.reshape(-1, 1)
+    peak, log_total = normalizers.reshape(2, -1, 1).unbind(0)
     scored = scored_rows(targets, ignore_index)
     # Where the gradient is as wide as the statistics, it is itself the memory that a block is computed in
-    work = _work(logits, lse.dtype)
+    work = _work(logits, normalizers.dtype)
     for rows, x, wanted in blocks(logits, scored, len(work)):
         gradient = x if out is None else out[rows]
         if wanted is False:
@@ -84,12 +85,12 @@ def _backward(
             continue
         column, valid = _columns(flat_targets[rows], logits.shape[-1])
         scale = flat_grad[rows].masked_fill(~valid.unsqueeze(1), torch.nan) / temperature
-        # −p = −exp(x/T − lse), in one block's memory
-        block = gradient if gradient.dtype == lse.dtype else work[: len(x)]
-        torch.sub(x, flat_lse[rows] * temperature, out=block)
+        # −p = −exp((x − peak)/T − log Σ), in one block's memory
+        block = gradient if gradient.dtype == normalizers.dtype else work[: len(x)]
+        torch.sub(x, peak[rows], out=block)
         if temperature != 1.0:
             block.div_(temperature)
-        block.exp_().mul_(-scale)
+        block.sub_(log_total[rows]).exp_().mul_(-scale)
         block.scatter_add_(1, column, scale)
         if wanted is None and scored is not None:
             block.masked_fill_(~scored[rows].unsqueeze(1), 0.0)

@@ -138,8 +138,8 @@ def backward(
     lse, logps, grad = lse[rows], logps[rows], grad[rows].contiguous()  # grad may be expanded
     weight, bias = head.weight, head.bias
     grad_inputs = lse.new_zeros(inputs.shape if of_hidden else 0)
-    grad_weight = torch.zeros_like(weight) if of_weight else weight.new_empty(0)
-    grad_bias = torch.zeros_like(bias) if of_bias and bias is not None else weight.new_empty(0)
+    grad_weight = weight.new_zeros(weight.shape if of_weight else 0)
+    grad_bias = weight.new_empty(0) if bias is None or not of_bias else bias.new_zeros(bias.shape)
     if len(targets):
         tiles = _Tiles(head, len(targets))
         for first, part in head.slices(tiles.plan):

@@ -6,8 +6,11 @@ platforms without Triton too.
 
 __all__ = [
     "device_math",
+    "dynamic_beta",
     "launch_checks",
     "linear_logprob",
+    "loss_formulas",
+    "preference_loss",
     "rng",
     "selective_logprob",
 ]

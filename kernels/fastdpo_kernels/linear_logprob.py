@@ -205,7 +205,9 @@ def _finish_unit_gradient_kernel(
     # A target outside the vocabulary was never seen: its logit is NaN, and so is all that follows
     valid = (target >= 0) & (target < vocab)
     target_row = weight_ptr + tl.where(valid, target, 0) * stride_weight_row
-    weight = tl.load(target_row + column * stride_weight_column, mask=inside & valid, other=0.0).to(tl.float32)
+    weight = tl.load(target_row + column.to(tl.int64) * stride_weight_column, mask=inside & valid, other=0.0).to(
+        tl.float32
+    )
     others = tl.load(others_ptr + row)
     total = others + tl.exp(tl.load(target_logit_ptr + row) - tl.load(peak_ptr + row))
     # 1 − p_y = Σ_v≠y e^{z−m}/Σ_v e^{z−m}

@@ -29,6 +29,16 @@ _ALPHA_LIMIT = 1e-6
 
 
 @triton.jit
+def _row_bounds(
+    boundaries_ptr: tl.tensor, rows: tl.tensor, mask: tl.tensor, num_tokens: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
+    """First token and end of these rows, within [0, num_tokens]: unchecked boundaries read nothing else."""
+    start = tl.load(boundaries_ptr + rows, mask=mask, other=0)
+    end = tl.load(boundaries_ptr + rows + 1, mask=mask, other=0)
+    return tl.minimum(tl.maximum(start, 0), num_tokens), tl.minimum(tl.maximum(end, 0), num_tokens)
+
+
+@triton.jit
 def _row_sums(logps_ptr: tl.tensor, start: tl.tensor, end: tl.tensor, TOKENS: tl.constexpr) -> tl.tensor:
     """Σ logps[start … end) of every lane; (BLOCK,) int64 bounds → (BLOCK,) fp32."""
     longest = tl.max(end - start, axis=0).to(tl.int32)
@@ -48,11 +58,11 @@ def _expand_rows(
     boundaries_ptr: tl.tensor,
     rows: tl.tensor,
     mask: tl.tensor,
+    num_tokens: tl.tensor,
     TOKENS: tl.constexpr,
 ) -> None:
     """The value of every lane, on all tokens of its row."""
-    start = tl.load(boundaries_ptr + rows, mask=mask, other=0)
-    end = tl.load(boundaries_ptr + rows + 1, mask=mask, other=0)
+    start, end = _row_bounds(boundaries_ptr, rows, mask, num_tokens)
     longest = tl.max(end - start, axis=0).to(tl.int32)
     columns = tl.arange(0, TOKENS)[None, :]
     for offset in range(0, longest, TOKENS):
@@ -74,14 +84,14 @@ def _sequence_logps(
     boundaries_ptr: tl.tensor,
     rows: tl.tensor,
     mask: tl.tensor,
+    num_tokens: tl.tensor,
     TOKENS: tl.constexpr,
 ) -> tl.tensor:
     """(BLOCK,) log-probs of these rows, in fp32: read, or summed over each row's tokens."""
     if boundaries_ptr is None:
         return tl.load(logps_ptr + rows, mask=mask, other=0.0).to(tl.float32)
     else:
-        start = tl.load(boundaries_ptr + rows, mask=mask, other=0)
-        end = tl.load(boundaries_ptr + rows + 1, mask=mask, other=0)
+        start, end = _row_bounds(boundaries_ptr, rows, mask, num_tokens)
         return _row_sums(logps_ptr, start, end, TOKENS)
 
 
@@ -93,14 +103,15 @@ def _policy_logps(
     rows: tl.tensor,
     pairs: tl.tensor,
     mask: tl.tensor,
+    num_tokens: tl.tensor,
     TOKENS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """Log-probs of chosen and rejected; per token, both sides are behind the first pointer."""
-    chosen = _sequence_logps(chosen_ptr, boundaries_ptr, rows, mask, TOKENS)
+    chosen = _sequence_logps(chosen_ptr, boundaries_ptr, rows, mask, num_tokens, TOKENS)
     if boundaries_ptr is None:
-        return chosen, _sequence_logps(rejected_ptr, None, rows, mask, TOKENS)
+        return chosen, _sequence_logps(rejected_ptr, None, rows, mask, num_tokens, TOKENS)
     else:
-        return chosen, _sequence_logps(chosen_ptr, boundaries_ptr, rows + pairs, mask, TOKENS)
+        return chosen, _sequence_logps(chosen_ptr, boundaries_ptr, rows + pairs, mask, num_tokens, TOKENS)
 
 
 @triton.jit
@@ -111,6 +122,7 @@ def _reference_logps(
     rows: tl.tensor,
     pairs: tl.tensor,
     mask: tl.tensor,
+    num_tokens: tl.tensor,
     TOKENS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """Reference log-probs of chosen and rejected; per token where there is no second pointer; 0 without a reference."""
@@ -118,11 +130,11 @@ def _reference_logps(
         none = tl.zeros_like(rows).to(tl.float32)
         return none, none
     elif ref_rejected_ptr is None:
-        chosen = _sequence_logps(ref_chosen_ptr, boundaries_ptr, rows, mask, TOKENS)
-        return chosen, _sequence_logps(ref_chosen_ptr, boundaries_ptr, rows + pairs, mask, TOKENS)
+        chosen = _sequence_logps(ref_chosen_ptr, boundaries_ptr, rows, mask, num_tokens, TOKENS)
+        return chosen, _sequence_logps(ref_chosen_ptr, boundaries_ptr, rows + pairs, mask, num_tokens, TOKENS)
     else:
-        chosen = _sequence_logps(ref_chosen_ptr, None, rows, mask, TOKENS)
-        return chosen, _sequence_logps(ref_rejected_ptr, None, rows, mask, TOKENS)
+        chosen = _sequence_logps(ref_chosen_ptr, None, rows, mask, num_tokens, TOKENS)
+        return chosen, _sequence_logps(ref_rejected_ptr, None, rows, mask, num_tokens, TOKENS)
 
 
 @triton.jit
@@ -163,21 +175,22 @@ def _gaps(
 # Kernels
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "num_tokens"])
 def _row_sums_kernel(
     logps_ptr: tl.tensor,
     boundaries_ptr: tl.tensor,
     out_ptr: tl.tensor,
     n: tl.tensor,
+    num_tokens: tl.tensor,
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
 ) -> None:
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = rows < n
-    tl.store(out_ptr + rows, _sequence_logps(logps_ptr, boundaries_ptr, rows, mask, TOKENS), mask=mask)
+    tl.store(out_ptr + rows, _sequence_logps(logps_ptr, boundaries_ptr, rows, mask, num_tokens, TOKENS), mask=mask)
 
 
-@triton.jit(do_not_specialize=["pairs"])
+@triton.jit(do_not_specialize=["pairs", "num_tokens"])
 def _margins_kernel(
     chosen_ptr: tl.tensor,
     rejected_ptr: tl.tensor,
@@ -188,6 +201,7 @@ def _margins_kernel(
     rejected_lengths_ptr: tl.tensor,
     margins_ptr: tl.tensor,
     pairs: tl.tensor,
+    num_tokens: tl.tensor,
     REFERENCE_GAP: tl.constexpr,
     MEAN_GAP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -195,8 +209,10 @@ def _margins_kernel(
 ) -> None:
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = rows < pairs
-    chosen, rejected = _policy_logps(chosen_ptr, rejected_ptr, boundaries_ptr, rows, pairs, mask, TOKENS)
-    references = _reference_logps(ref_chosen_ptr, ref_rejected_ptr, boundaries_ptr, rows, pairs, mask, TOKENS)
+    chosen, rejected = _policy_logps(chosen_ptr, rejected_ptr, boundaries_ptr, rows, pairs, mask, num_tokens, TOKENS)
+    references = _reference_logps(
+        ref_chosen_ptr, ref_rejected_ptr, boundaries_ptr, rows, pairs, mask, num_tokens, TOKENS
+    )
     chosen_lengths = _lengths(chosen_lengths_ptr, boundaries_ptr, 0, rows, mask)
     rejected_lengths = _lengths(rejected_lengths_ptr, boundaries_ptr, pairs, rows, mask)
     lengths = chosen_lengths, rejected_lengths
@@ -204,7 +220,7 @@ def _margins_kernel(
     tl.store(margins_ptr + rows, margins, mask=mask)
 
 
-@triton.jit(do_not_specialize=["n", "pairs", "first_pair", "keep_count", "seed"])
+@triton.jit(do_not_specialize=["n", "pairs", "first_pair", "num_tokens", "keep_count", "seed"])
 def _preference_loss_fwd_kernel(
     chosen_ptr: tl.tensor,
     rejected_ptr: tl.tensor,
@@ -268,9 +284,9 @@ def _preference_loss_fwd_kernel(
     lanes = tl.arange(0, BLOCK)
     rows = lanes - first_pair
     mask = (rows >= 0) & (rows < pairs)
-    chosen, rejected = _policy_logps(chosen_ptr, rejected_ptr, boundaries_ptr, rows, pairs, mask, TOKENS)
+    chosen, rejected = _policy_logps(chosen_ptr, rejected_ptr, boundaries_ptr, rows, pairs, mask, num_tokens, TOKENS)
     ref_chosen, ref_rejected = _reference_logps(
-        ref_chosen_ptr, ref_rejected_ptr, boundaries_ptr, rows, pairs, mask, TOKENS
+        ref_chosen_ptr, ref_rejected_ptr, boundaries_ptr, rows, pairs, mask, num_tokens, TOKENS
     )
     chosen_lengths = _lengths(chosen_lengths_ptr, boundaries_ptr, 0, rows, mask)
     rejected_lengths = _lengths(rejected_lengths_ptr, boundaries_ptr, pairs, rows, mask)
@@ -382,11 +398,11 @@ def _preference_loss_fwd_kernel(
     tl.store(grads_ptr + 3 * pairs + rows, tl.where(keep, -d_u_l * scale, 0.0), mask=mask)
     tl.store(grads_ptr + 4 * pairs + rows, tl.where(keep, d_sft * scale, 0.0), mask=mask)
     if boundaries_ptr is not None:
-        _expand_rows(token_grads_ptr, d_chosen, boundaries_ptr, rows, mask, TOKENS)
-        _expand_rows(token_grads_ptr, d_rejected, boundaries_ptr, rows + pairs, mask, TOKENS)
+        _expand_rows(token_grads_ptr, d_chosen, boundaries_ptr, rows, mask, num_tokens, TOKENS)
+        _expand_rows(token_grads_ptr, d_rejected, boundaries_ptr, rows + pairs, mask, num_tokens, TOKENS)
         # Tokens outside the rows
-        _fill_zero(token_grads_ptr, 0, tl.load(boundaries_ptr), lanes, BLOCK)
-        _fill_zero(token_grads_ptr, tl.load(boundaries_ptr + 2 * pairs), num_tokens, lanes, BLOCK)
+        _fill_zero(token_grads_ptr, 0, tl.minimum(tl.load(boundaries_ptr), num_tokens), lanes, BLOCK)
+        _fill_zero(token_grads_ptr, tl.maximum(tl.load(boundaries_ptr + 2 * pairs), 0), num_tokens, lanes, BLOCK)
 
 
 # Launchers
@@ -415,7 +431,14 @@ def row_sums(token_logps: Tensor, boundaries: Tensor) -> Tensor:
     block = 32
     tokens, warps = _token_tile(boundaries, block, 1)
     _row_sums_kernel[(triton.cdiv(rows, block),)](
-        token_logps.contiguous(), boundaries.contiguous(), out, rows, BLOCK=block, TOKENS=tokens, num_warps=warps
+        token_logps.contiguous(),
+        boundaries.contiguous(),
+        out,
+        rows,
+        token_logps.numel(),
+        BLOCK=block,
+        TOKENS=tokens,
+        num_warps=warps,
     )
     return out
 
@@ -441,6 +464,7 @@ def preference_margins(
         *map(_flat, inputs),
         margins,
         pairs,
+        chosen.numel(),
         REFERENCE_GAP=reference_gap,
         MEAN_GAP=mean_gap,
         BLOCK=block,

@@ -1,9 +1,9 @@
 """log softmax(logits/T)[target] of logits that exist, and its gradient: one program per row, online softmax.
 
-With z = logits/T over V columns, lse = log Σ_v exp(z_v):
-    forward   logp = z_y − lse                         reads the logits once, (V·itemsize + 16) bytes per row
-    backward  dL/dlogits_v = grad/T·(1[v = y] − exp(z_v − lse))     reads them once and writes the gradient once
-Rows whose target is `ignore_index` are not read: their log-prob, lse and gradient are 0. A target outside [0, V) reads
+With peak = max_v x_v of the logits x and log_total = log Σ_v exp((x_v − peak)/T) over V columns:
+    forward   logp = (x_y − peak)/T − log_total        reads the logits once, (V·itemsize + 20) bytes per row
+    backward  dL/dx_v = grad/T·(1[v = y] − exp((x_v − peak)/T − log_total))    reads them once, writes the gradient once
+Rows whose target is `ignore_index` are not read: all that is written for them is 0. A target outside [0, V) reads
 nothing either and makes its row NaN. Logits are (B, T, V) views with any strides, so that logits[:, :-1] is no copy.
 Online softmax: Milakov & Gimelshein 2018, 1805.02867.
 """
@@ -30,12 +30,13 @@ def _row_pointer(
     return base_ptr + (row // inner) * stride_b + (row % inner) * stride_t
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["ignore_index", "inner"])
 def _selective_logprob_fwd_kernel(
     logits_ptr: tl.tensor,
     targets_ptr: tl.tensor,
     logps_ptr: tl.tensor,
-    lse_ptr: tl.tensor,
+    peak_ptr: tl.tensor,
+    log_total_ptr: tl.tensor,
     inner: tl.tensor,
     vocab: tl.tensor,
     stride_b: tl.tensor,
@@ -47,7 +48,7 @@ def _selective_logprob_fwd_kernel(
     HAS_IGNORED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    dtype = lse_ptr.dtype.element_ty
+    dtype = peak_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     logits_row = _row_pointer(logits_ptr, row, inner, stride_b, stride_t)
     # 1/T to 48 bits: scalars arrive in float32, which is too coarse for float64 logits
@@ -64,31 +65,33 @@ def _selective_logprob_fwd_kernel(
     for start in tl.range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         x = tl.load(logits_row + column.to(tl.int64) * stride_v, mask=column < columns, other=-float("inf"))
-        z = x.to(dtype) * scale
-        new_peak = tl.maximum(peak, tl.max(z, axis=0))
+        x = x.to(dtype)
+        new_peak = tl.maximum(peak, tl.max(x, axis=0))
         # Nothing finite so far: exponentials refer to 0, and vanish
         centre = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-        # Σ' = exp(m − m')·Σ + exp(z − m'), lane by lane
-        sums = sums * tl.exp(peak - centre) + tl.exp(z - centre)
+        # Σ' = exp((m − m')/T)·Σ + exp((x − m')/T), lane by lane
+        sums = sums * tl.exp((peak - centre) * scale) + tl.exp((x - centre) * scale)
         peak = new_peak
     log_total = tl.log(tl.sum(sums, axis=0))
     target_x = tl.load(logits_row + tl.where(valid, target, 0) * stride_v, mask=valid, other=float("nan"))
-    # (z_y − m) − log Σ: exact where the target is the maximum, however large it is
-    logp = (target_x.to(dtype) * scale - peak) - log_total
-    lse = peak + log_total
+    # Exact where the target is the maximum, however large it is
+    logp = (target_x.to(dtype) - peak) * scale - log_total
     if HAS_IGNORED:
         logp = tl.where(ignored, 0.0, logp)
-        lse = tl.where(ignored, 0.0, lse)
+        peak = tl.where(ignored, 0.0, peak)
+        log_total = tl.where(ignored, 0.0, log_total)
     tl.store(logps_ptr + row, logp)
-    tl.store(lse_ptr + row, lse)
+    tl.store(peak_ptr + row, peak)
+    tl.store(log_total_ptr + row, log_total)
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["ignore_index", "inner"])
 def _selective_logprob_bwd_kernel(
     grad_ptr: tl.tensor,
     logits_ptr: tl.tensor,
     targets_ptr: tl.tensor,
-    lse_ptr: tl.tensor,
+    peak_ptr: tl.tensor,
+    log_total_ptr: tl.tensor,
     out_ptr: tl.tensor,
     inner: tl.tensor,
     vocab: tl.tensor,
@@ -104,7 +107,7 @@ def _selective_logprob_bwd_kernel(
     HAS_IGNORED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    dtype = lse_ptr.dtype.element_ty
+    dtype = peak_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     offset = column.to(tl.int64)
@@ -120,8 +123,9 @@ def _selective_logprob_bwd_kernel(
         scored = inside & (target != ignore_index)
     x = tl.load(logits_row + offset * stride_v, mask=scored, other=0.0)
     hit = tl.where(column == target, 1.0, 0.0).to(dtype)
-    # dL/dx = grad/T·(1[v = y] − exp(z − lse))
-    gradient = grad * (hit - tl.exp(x.to(dtype) * scale - tl.load(lse_ptr + row)))
+    # dL/dx = grad/T·(1[v = y] − exp((x − m)/T − log Σ))
+    centred = (x.to(dtype) - tl.load(peak_ptr + row)) * scale
+    gradient = grad * (hit - tl.exp(centred - tl.load(log_total_ptr + row)))
     gradient = tl.where(scored, gradient, 0.0)
     tl.store(out_row + offset * stride_out_v, gradient.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -130,17 +134,24 @@ def _selective_logprob_bwd_kernel(
 
 
 def selective_logprob(
-    logits: Tensor, targets: Tensor, logps: Tensor, lse: Tensor, *, ignore_index: int | None, temperature: float
+    logits: Tensor,
+    targets: Tensor,
+    logps: Tensor,
+    peak: Tensor,
+    log_total: Tensor,
+    *,
+    ignore_index: int | None,
+    temperature: float,
 ) -> None:
-    """Fill logps and lse, (B·T,), from logits (B, T, V) and targets (B·T,).
+    """Fill logps, peak and log_total, (B·T,), from logits (B, T, V) and targets (B·T,).
 
     Args:
         logits: any floating dtype, any strides.
         targets: int64, contiguous.
-        logps, lse: contiguous, float32, or float64 for float64 logits.
+        logps, peak, log_total: contiguous, float32, or float64 for float64 logits.
         ignore_index: the target of rows to leave out; None if there are none.
     """
-    _check(logits, targets=targets, logps=logps, lse=lse)
+    _check(logits, targets=targets, logps=logps, peak=peak, log_total=log_total)
     _, inner, vocab = logits.shape
     if targets.numel() == 0:
         return
@@ -149,7 +160,8 @@ def selective_logprob(
         logits,
         targets,
         logps,
-        lse,
+        peak,
+        log_total,
         inner,
         vocab,
         *logits.stride(),
@@ -165,14 +177,15 @@ def selective_logprob_backward(
     grad: Tensor,
     logits: Tensor,
     targets: Tensor,
-    lse: Tensor,
+    peak: Tensor,
+    log_total: Tensor,
     out: Tensor,
     *,
     ignore_index: int | None,
     temperature: float,
 ) -> None:
     """Fill out (B, T, V), which may be `logits`, with dL/dlogits for grad = dL/dlogps (B·T,). Others as forward."""
-    _check(logits, targets=targets, grad=grad, lse=lse)
+    _check(logits, targets=targets, grad=grad, peak=peak, log_total=log_total)
     if out.shape != logits.shape:
         raise ValueError(f"out has shape {tuple(out.shape)}; logits have {tuple(logits.shape)}.")
     _, inner, vocab = logits.shape
@@ -183,7 +196,8 @@ def selective_logprob_backward(
         grad,
         logits,
         targets,
-        lse,
+        peak,
+        log_total,
         out,
         inner,
         vocab,
