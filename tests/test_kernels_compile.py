@@ -167,7 +167,7 @@ SPECS = {
     ),
     "top k": Spec("dynamic_beta:_top_k_kernel", {"BLOCK": 1024}, {"out_ptr": "*i1"}, warps=8, shared=8 * 1024),
     "margins": Spec(
-        "preference_loss:_margins_kernel",
+        "sequence_logps:_margins_kernel",
         {
             "REFERENCE_GAP": True,
             "MEAN_GAP": False,
@@ -179,7 +179,7 @@ SPECS = {
         LOSS_TYPES,
         shared=4 * 1024,
     ),
-    "row sums": Spec("preference_loss:_row_sums_kernel", {"BLOCK": 32, "TOKENS": 32}, LOSS_TYPES, shared=4 * 1024),
+    "row sums": Spec("sequence_logps:_row_sums_kernel", {"BLOCK": 32, "TOKENS": 32}, LOSS_TYPES, shared=4 * 1024),
     "noise": Spec("rng:_noise_kernel", {"GUMBEL": True, "BLOCK": 256}, {"step_ptr": "*i64", "seed": "i64"}),
 }
 

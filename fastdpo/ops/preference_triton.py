@@ -9,15 +9,15 @@ from torch import Tensor
 
 from fastdpo.checks import check_plan_tensors, check_preference_tensors
 from fastdpo.ops.preference_loss import LossOptions, PairTensors, PlanOptions, unpacked_together
-from fastdpo_kernels import dynamic_beta
+from fastdpo_kernels import dynamic_beta, sequence_logps
 from fastdpo_kernels import preference_loss as kernels
 
-row_sums = kernels.row_sums
+row_sums = sequence_logps.row_sums
 
 
 def preference_margins(*arguments: Any) -> Tensor:
     check_preference_tensors(PairTensors(*arguments[:7])._asdict(), backend="triton")
-    return kernels.preference_margins(*arguments)
+    return sequence_logps.preference_margins(*arguments)
 
 
 def preference_loss(*arguments: Any) -> tuple[Tensor, ...]:

@@ -13,4 +13,5 @@ __all__ = [
     "preference_loss",
     "rng",
     "selective_logprob",
+    "sequence_logps",
 ]
