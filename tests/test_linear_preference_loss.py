@@ -438,7 +438,8 @@ LIGER_OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", LIGER_OPTIONS)
 def test_agrees_with_liger(name: str, loss_type: str) -> None:
     """Loss, all seven metrics and the gradients of hidden states, weight and bias."""
-    liger = pytest.importorskip("liger_kernel.chunked_loss").LigerFusedLinearDPOLoss
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss as liger
+
     options = {"beta": 0.4, "loss_type": loss_type, **LIGER_LOSSES[loss_type], **LIGER_OPTIONS[name]}
     # Liger averages logits over ignored positions too, so NaN there would be its result
     data = problem(ignore_index=options.get("ignore_index", -100), poison=False)
@@ -459,7 +460,8 @@ def test_agrees_with_liger(name: str, loss_type: str) -> None:
 
 
 def test_takes_ligers_arguments_by_name_and_position() -> None:
-    liger = pytest.importorskip("liger_kernel.chunked_loss").LigerFusedLinearDPOLoss
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss as liger
+
     for method in ("__init__", "forward"):
         ours = inspect.signature(getattr(FusedLinearDPOLoss, method)).parameters.values()
         positional = [(p.name, p.default) for p in ours if p.kind is p.POSITIONAL_OR_KEYWORD]
