@@ -17,14 +17,15 @@ from test_scoring import MODELS, SIZES, alone, batch
 from worker import state
 
 from fastdpo.training import scoring
-from fastdpo.training.batch import MicroBatch
 from fastdpo.training.head import Head, HeadReader, OpaqueHead, find_head
+from fastdpo.training.layout import MicroBatch
 from fastdpo.training.model import disable_dropout
 from fastdpo.training.scoring import CompletionScorer
 
 PAIRS = batch()
-for _ids in (*PAIRS.chosen, *PAIRS.rejected):
-    _ids.clamp_(max=95)  # two of the models below take token 96 out
+for _pair in PAIRS.pairs:
+    _pair.chosen.clamp_(max=95)
+    _pair.rejected.clamp_(max=95)  # two of the models below take token 96 out
 
 
 def micro_batch() -> MicroBatch:
@@ -41,8 +42,8 @@ def truth(model: Any, micro: MicroBatch) -> torch.Tensor:
     rows = torch.zeros(micro.completion_mask.shape, dtype=torch.float64)
     indices = micro.indices.tolist()
     for row, index in enumerate([*indices, *indices]):
-        completion = (PAIRS.chosen if row < len(indices) else PAIRS.rejected)[index]
-        rows[row, : len(completion)] = alone(model, PAIRS.prompts[index], completion)
+        completion = PAIRS.pairs[index].chosen if row < len(indices) else PAIRS.pairs[index].rejected
+        rows[row, : len(completion)] = alone(model, PAIRS.pairs[index].prompt, completion)
     return rows
 
 

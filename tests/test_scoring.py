@@ -111,8 +111,11 @@ def test_logps_of_a_micro_batch(name: str, budget: int) -> None:
     for micro in pairs.cut(budget):
         chosen, rejected = scorer.pair_logps(scorer.tokens(model, micro).logps, micro)
         for at, index in enumerate(micro.indices.tolist()):
-            for found, completions in ((chosen, pairs.chosen), (rejected, pairs.rejected)):
-                truth = alone(model, pairs.prompts[index], completions[index]).sum()
+            for found, completions in (
+                (chosen, [p.chosen for p in pairs.pairs]),
+                (rejected, [p.rejected for p in pairs.pairs]),
+            ):
+                truth = alone(model, pairs.pairs[index].prompt, completions[index]).sum()
                 torch.testing.assert_close(found[at].double(), truth, rtol=1e-5, atol=1e-4)
             seen.append(index)
     assert sorted(seen) == [0, 1, 2, 3]
@@ -159,13 +162,14 @@ def test_length_desensitised_and_weighted_scores() -> None:
     chosen, rejected = scorer.pair_logps(result.logps, micro)
     weights = scorer._pair_weights(result, micro)
     for at, index in enumerate(micro.indices.tolist()):
-        shared = min(len(pairs.chosen[index]), len(pairs.rejected[index]))
+        pair = pairs.pairs[index]
+        shared = min(len(pair.chosen), len(pair.rejected))
         weight = 1.0
-        for found, completion in ((chosen, pairs.chosen[index]), (rejected, pairs.rejected[index])):
-            tokens = alone(model, pairs.prompts[index], completion)
+        for found, completion in ((chosen, pair.chosen), (rejected, pair.rejected)):
+            tokens = alone(model, pair.prompt, completion)
             expected = tokens[:shared].sum() + 0.25 * tokens[shared:].sum()
             torch.testing.assert_close(found[at].double(), expected, rtol=1e-5, atol=1e-4)
-            prompt = pairs.prompts[index]
+            prompt = pair.prompt
             logits = model(input_ids=torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1].double()
             weight *= float((tokens - logits.softmax(-1).square().sum(-1).log()).mean().exp().detach())
         assert float(weights[at]) == pytest.approx(weight, rel=1e-4)

@@ -103,6 +103,16 @@ class CommitStatistics(TrainerCallback):
         self.trainer.commit_plan()
 
 
+class PrecomputeReference(TrainerCallback):
+    """Computes reference log-probs ahead of training, once the model is in place and a checkpoint is loaded."""
+
+    def __init__(self, trainer: FastDPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: FastDPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.precompute_reference()
+
+
 class PreferenceProgress(ProgressCallback):
     """transformers' progress bar, with the figures of preference training beside it in place of printed dicts."""
 

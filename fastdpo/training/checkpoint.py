@@ -38,8 +38,8 @@ def publish(staging: Path, final: Path, state: dict[str, Any]) -> None:
     manifest = {"fastdpo": __version__, **state, "files": files}
     (staging / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in staging.rglob("*"):
-        _flush(path)
-    _flush(staging)
+        flush(path)
+    flush(staging)
     if final.exists():
         replaced = final.with_name(f"_{final.name}.replaced")
         shutil.rmtree(replaced, ignore_errors=True)
@@ -48,10 +48,11 @@ def publish(staging: Path, final: Path, state: dict[str, Any]) -> None:
         shutil.rmtree(replaced)
     else:
         staging.rename(final)
-    _flush(final.parent)
+    flush(final.parent)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have the disk hold the file, or the folder's list of names, at `path`."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

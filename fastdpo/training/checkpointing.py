@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,7 @@ class CheckpointMixin(Trainer):
 
     reference: ReferencePolicy
     dynamic_beta: DynamicBeta | None
+    save_reference: Callable[[], None]
     _claimed = False
 
     def prepare_output_dir(self, resume_from_checkpoint: str | bool | None) -> str | None:
@@ -97,6 +99,7 @@ class CheckpointMixin(Trainer):
         if self.args.should_save:
             state = {"resumable": not self.args.save_only_model, "reference": self.reference.fingerprint()}
             publish(staging, final, {**state, "options": self._fixed_options()})
+        self.save_reference()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
         if self.args.should_save:

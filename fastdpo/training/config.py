@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils.modeling import convert_file_size_to_int
 from transformers import TrainingArguments
 
 from fastdpo.checks import check_loss_options
@@ -13,7 +14,8 @@ from fastdpo.dynamic_beta import DynamicBeta
 from fastdpo.losses import LOSSES
 from fastdpo.version import __version__
 
-#: Padded tokens per micro-batch when `micro_batch_tokens` is "auto".
+#: Tokens per micro-batch when `micro_batch_tokens` is "auto" on a CPU without a stated `memory_limit`: more of them make
+#: no product faster there.
 DEFAULT_MICRO_BATCH_TOKENS = 1024
 #: A scoring pass keeps no activations, so its micro-batches are this many times larger.
 SCORING_BUDGET_FACTOR = 4
@@ -208,7 +210,7 @@ class FastDPOConfig(TrainingArguments):
     """TrainingArguments plus the options of DPO and β-DPO.
 
     Names follow TRL's DPOConfig where it has the option. Differences from TrainingArguments' defaults: `bf16` is on
-    where the GPU has it, `logging_steps` is 10, `logging_nan_inf_filter` is off and stays off. The batch that β, the
+    where the GPU has it, `optim` is paged 8-bit AdamW on a GPU, checkpointing is "auto", `logging_steps` is 10, `logging_nan_inf_filter` is off and stays off. The batch that β, the
     filter and the loss see is `per_device_train_batch_size × gradient_accumulation_steps` pairs per rank; how many of
     them share a forward is `micro_batch_tokens` and changes nothing but memory and speed.
     """
@@ -217,6 +219,10 @@ class FastDPOConfig(TrainingArguments):
         default=None, metadata={"help": "bfloat16 autocast. Default: on where the GPU supports it and fp16 is off."}
     )
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps; below 1, a share of them."})
+    optim: str = field(
+        default="auto",
+        metadata={"help": "Optimizer. auto: bitsandbytes' paged 8-bit AdamW on a GPU, torch's AdamW on a CPU."},
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Must stay off: a non-finite loss stops the run and is never averaged away."}
     )
@@ -276,19 +282,48 @@ class FastDPOConfig(TrainingArguments):
     micro_batch_tokens: str = field(
         default="auto",
         metadata={
-            "help": f"Padded tokens per forward with gradients; a longer pair goes alone. auto is "
-            f"{DEFAULT_MICRO_BATCH_TOKENS}."
+            "help": "Tokens per forward with gradients, padding included; a longer pair goes alone. auto: the most that "
+            f"memory holds, found by trial on a GPU, from memory_limit on a CPU, and {DEFAULT_MICRO_BATCH_TOKENS} "
+            "there without one."
         },
+    )
+    memory_limit: str | None = field(
+        default=None,
+        metadata={"help": "Memory that this process may use, such as 12GB; default: the GPU's own. Read by auto."},
+    )
+    gradient_checkpointing: str = field(
+        default="auto",
+        metadata={
+            "help": "Keep the inputs of the layers only, and compute the rest again in the backward: true, false, or "
+            "auto: where not even one pair fits otherwise.",
+            "choices": ["auto", "true", "false"],
+        },
+    )
+    activation_offloading: bool = field(
+        default=False, metadata={"help": "Keep what checkpointed layers need in the host's memory. Needs a GPU."}
     )
     prefix_sharing: str = field(
         default="auto",
-        metadata={"help": "auto and off: the prompt is computed once per answer.", "choices": ["auto", "off"]},
+        metadata={
+            "help": "Compute a prompt once for both answers. auto: where the model allows it and a check on the first "
+            "batch agrees.",
+            "choices": ["auto", "on", "off"],
+        },
     )
     packing: str = field(
-        default="auto", metadata={"help": "auto and off: one sequence per row.", "choices": ["auto", "off"]}
+        default="auto",
+        metadata={"help": "Several sequences in a row instead of padding.", "choices": ["auto", "on", "off"]},
     )
     reference: str = field(
-        default="online", metadata={"help": "online: reference log-probs in every step.", "choices": ["online"]}
+        default="lazy",
+        metadata={
+            "help": "Reference log-probs: lazy (each pair's once, when it is first seen, and kept), precompute (all "
+            "ahead of training), or online (in every step, nothing kept).",
+            "choices": ["online", "lazy", "precompute"],
+        },
+    )
+    reference_cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the kept reference log-probs. Default: output_dir."}
     )
     backend: str = field(
         default="auto", metadata={"help": "Loss backend; see `fastdpo info`.", "choices": ["auto", "torch", "triton"]}
@@ -303,6 +338,10 @@ class FastDPOConfig(TrainingArguments):
     _VALID_DICT_FIELDS: ClassVar = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     def __post_init__(self) -> None:
+        self._resolve_checkpointing()
+        if self.optim == "auto":
+            # Paged 8-bit states: a quarter of the memory, and spikes of it go to the host
+            self.optim = "paged_adamw_8bit" if torch.cuda.is_available() and not self.use_cpu else "adamw_torch"
         if self.bf16 is None:
             self.bf16 = (
                 not self.fp16 and not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -312,7 +351,10 @@ class FastDPOConfig(TrainingArguments):
         if isinstance(self.loss_weights, (int, float)):
             self.loss_weights = [self.loss_weights]
         check_fields(self)
+        checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None  # type: ignore[assignment]
         super().__post_init__()
+        # transformers switches it on by its own names; here it belongs to the memory plan
+        self.gradient_checkpointing, self.activation_checkpointing = checkpointing, False
         self.dataloader_pin_memory &= torch.accelerator.is_available()  # there is nothing to pin for
         self._refuse_unsupported()
         try:
@@ -328,6 +370,21 @@ class FastDPOConfig(TrainingArguments):
             raise ValueError(_with_option_name(str(error))) from error
         self._check_objective()
         self._check_lengths()
+        self._check_memory()
+
+    def _resolve_checkpointing(self) -> None:
+        """One option out of its three spellings: gradient_checkpointing, activation_checkpointing, true and false."""
+        if isinstance(self.gradient_checkpointing, bool):
+            self.gradient_checkpointing = str(self.gradient_checkpointing).lower()
+        if self.activation_checkpointing is not None:
+            asked = str(bool(self.activation_checkpointing)).lower()
+            if self.gradient_checkpointing not in ("auto", asked):
+                raise ValueError(
+                    f"activation_checkpointing={self.activation_checkpointing} and "
+                    f"gradient_checkpointing={self.gradient_checkpointing!r} contradict each other; they are one option."
+                )
+            self.gradient_checkpointing = asked
+            self.activation_checkpointing = None
 
     def _refuse_unsupported(self) -> None:
         for name, (accepted, reason) in REFUSED.items():
@@ -387,15 +444,39 @@ class FastDPOConfig(TrainingArguments):
             if not tokens.isdigit() or int(tokens) < 1:
                 raise ValueError(f"micro_batch_tokens={self.micro_batch_tokens!r}: 'auto' or a number of at least 1.")
 
-    @property
-    def train_token_budget(self) -> int:
-        """Padded tokens per micro-batch of a pass that keeps activations."""
-        return DEFAULT_MICRO_BATCH_TOKENS if self.micro_batch_tokens == "auto" else int(self.micro_batch_tokens)
+    def _check_memory(self) -> None:
+        if self.memory_limit is not None:
+            try:
+                limit = convert_file_size_to_int(self.memory_limit.upper())
+            except ValueError as error:
+                raise ValueError(f"memory_limit={self.memory_limit!r}: a size such as 12GB or 8GiB.") from error
+            if self.micro_batch_tokens != "auto":
+                raise ValueError(
+                    f"memory_limit={self.memory_limit!r} has no effect with micro_batch_tokens="
+                    f"{self.micro_batch_tokens}; set that to auto."
+                )
+            if limit <= 0:
+                raise ValueError(f"memory_limit={self.memory_limit!r}: a positive size such as 12GB.")
+        if self.activation_offloading and self.gradient_checkpointing == "false":
+            raise ValueError(
+                "activation_offloading=True moves what checkpointed layers keep, but gradient_checkpointing='false'. "
+                "Leave that at auto, or drop the offloading."
+            )
+        if self.reference == "online" and self.reference_cache_dir is not None:
+            raise ValueError(
+                f"reference_cache_dir={self.reference_cache_dir!r} has no effect with reference='online', which keeps "
+                "nothing. Choose lazy or precompute."
+            )
 
     @property
-    def score_token_budget(self) -> int:
-        """Padded tokens per micro-batch of a pass without gradients."""
-        return SCORING_BUDGET_FACTOR * self.train_token_budget
+    def memory_limit_bytes(self) -> int | None:
+        """`memory_limit` in bytes."""
+        return None if self.memory_limit is None else convert_file_size_to_int(self.memory_limit.upper())
+
+    @property
+    def train_token_budget(self) -> int:
+        """Tokens per micro-batch of a pass that keeps activations; `MemoryPlan` may find another."""
+        return DEFAULT_MICRO_BATCH_TOKENS if self.micro_batch_tokens == "auto" else int(self.micro_batch_tokens)
 
     def loss_parameters(self) -> dict[str, float]:
         """The parameters that the losses in `loss_type`, or the f-divergence, take."""

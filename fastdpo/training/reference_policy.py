@@ -10,7 +10,6 @@ There are three ways to get there, and the cheapest that is exact is taken:
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,8 +17,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
-#: Values of a frozen tensor that enter the fingerprint.
-_SAMPLED = 16
+from fastdpo.training.fingerprint import state_digest
 
 
 class ReferencePolicy:
@@ -34,6 +32,11 @@ class ReferencePolicy:
             ref_model.eval()
         elif not _adapters_change_nothing(model):
             self._start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        # Now, while what will be trained is at its start. Later a first forward may change the dtype of a quantised
+        # layer's bias, and sharding replaces the tensors.
+        self._fingerprint = state_digest(
+            model if ref_model is None else ref_model, adapters=self.kind != "adapters off"
+        )
 
     @property
     def kind(self) -> str:
@@ -43,18 +46,11 @@ class ReferencePolicy:
         return "adapters off" if self._start is None else "weights at the start"
 
     def fingerprint(self) -> str:
-        """A digest of the reference's weights, saved with checkpoints and compared on resume.
+        """A digest of all that the reference's weights are, quantisation included; see `state_digest`.
 
-        What may be trained enters whole; of every other tensor its name, shape, dtype and first values do.
+        Saved with checkpoints and compared on resume; training does not change it, as it does not change the reference.
         """
-        digest = hashlib.blake2b(self.kind.encode(), digest_size=16)
-        trained = self._start or {}
-        for name, parameter in (self.ref_model or self.model).named_parameters():
-            if name in trained or not parameter.requires_grad:
-                value = trained.get(name, parameter.detach().reshape(-1)[:_SAMPLED])
-                digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-                digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return self._fingerprint
 
     def equals_policy(self) -> bool:
         """Whether the policy's weights are the reference's, as before the first step: one pass then scores both."""

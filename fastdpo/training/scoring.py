@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 
 from fastdpo.functional import linear_logprob, selective_logprob
 from fastdpo.reference import completion_weights
-from fastdpo.training.batch import MicroBatch
+from fastdpo.training.attention import mask_argument
 from fastdpo.training.head import Head, HeadReader, check_calls
+from fastdpo.training.layout import MicroBatch
 
 
 @dataclass
@@ -153,13 +154,24 @@ def _to_rows(values: Tensor, mask: Tensor) -> Tensor:
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
+def model_inputs(model: PreTrainedModel, micro: MicroBatch) -> dict[str, Any]:
+    """The arguments of the model's forward for a micro-batch, in whatever layout it is."""
+    inputs: dict[str, Any] = {"input_ids": micro.input_ids, "use_cache": False}
+    if micro.segments is None:
+        return inputs
+    inputs["position_ids"] = micro.position_ids
+    if micro.masked:
+        return inputs | {"attention_mask": mask_argument(model, micro.segments)}
+    return inputs | {"segments": micro.segments}
+
+
 def scored_hidden(model: PreTrainedModel, head: Head, micro: MicroBatch) -> Tensor:
     """The input of the model's head at the scored positions, (N, H); the head itself is left out.
 
     Raises RuntimeError if the model does not call its output embedding as a module, which this relies on.
     """
     with head.left_out() as inputs:
-        logits = model(input_ids=micro.input_ids, use_cache=False).logits
+        logits = model(**model_inputs(model, micro)).logits
     check_calls(model, len(inputs), logits, (len(micro.input_ids), 0))
     return inputs[0].flatten(0, 1)[micro.score_rows]
 
@@ -167,7 +179,7 @@ def scored_hidden(model: PreTrainedModel, head: Head, micro: MicroBatch) -> Tens
 def completion_logits(model: PreTrainedModel, micro: MicroBatch) -> Tensor:
     """The model's own logits at the scored positions, (N, V). Raises RuntimeError as `scored_hidden` does."""
     with _select_rows(model.get_output_embeddings(), micro.score_rows) as calls:
-        logits = model(input_ids=micro.input_ids, use_cache=False).logits
+        logits = model(**model_inputs(model, micro)).logits
     check_calls(model, len(calls), logits, (1, len(micro.targets)))
     return logits[0]
 

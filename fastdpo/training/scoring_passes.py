@@ -7,6 +7,7 @@ all pairs, at β0: the figures depend neither on the evaluation batch nor on the
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -15,10 +16,14 @@ from torch import Tensor
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from fastdpo.data import TokenizationReport, tokenize_preferences
-from fastdpo.training.batch import MicroBatch, PairFeatures, TokenBatch
+from fastdpo.training.batch import PairFeatures, TokenBatch
 from fastdpo.training.config import FastDPOConfig
+from fastdpo.training.layout import MicroBatch
+from fastdpo.training.layout_choice import LayoutChoice
+from fastdpo.training.memory_plan import MemoryPlan, RetryStep
 from fastdpo.training.model import without_dropout
 from fastdpo.training.objective import Objective
+from fastdpo.training.reference_cache import ReferenceCache
 from fastdpo.training.reference_policy import ReferencePolicy
 from fastdpo.training.scoring import CompletionScorer, PairScores, TokenScores
 
@@ -35,8 +40,9 @@ class ScoringMixin(Trainer):
     objective: Objective
     reference: ReferencePolicy
     scorer: CompletionScorer
-    #: Reference scores of evaluation pairs, by the digest of their tokens: they never change.
-    _eval_reference: dict[bytes, tuple[float, float]]
+    layouts: LayoutChoice
+    memory: MemoryPlan
+    reference_cache: ReferenceCache
 
     def policy(self) -> PreTrainedModel:
         """The model itself, not its wrapper: gradients are summed explicitly, and never by DDP's hooks."""
@@ -47,22 +53,41 @@ class ScoringMixin(Trainer):
         with self.accelerator.autocast():
             return self.scorer.tokens(model, micro, weighting=weighting)
 
-    @torch.no_grad()
-    def score_policy(self, batch: TokenBatch, scores: PairScores) -> None:
-        """Fill in the policy's log-probs."""
-        with without_dropout(self.policy()) as model:
-            for micro in batch.cut(self.args.score_token_budget):
-                result = self.forward_tokens(model, micro, weighting=self.args.use_weighting)
-                self.scorer.fill_policy(scores, result, micro, micro.indices)
+    def cut(self, batch: TokenBatch, budget: int, subset: Collection[int]) -> list[MicroBatch]:
+        """Micro-batches over `subset` in the layout of the run."""
+        return batch.cut(budget, sorted(subset), self.layouts.layout) if subset else []
 
     @torch.no_grad()
-    def score_reference(self, batch: TokenBatch, scores: PairScores, subset: list[int] | None = None) -> None:
-        """Fill in the reference's log-probs of all pairs, or of those at `subset`."""
+    def score(
+        self, batch: TokenBatch, scores: PairScores, *, policy: Collection[int] = (), reference: Collection[int] = ()
+    ) -> None:
+        """Fill in log-probs of the policy and of the reference for pairs of `batch`, both over the same micro-batches
+        where both are asked for."""
+        policy, reference = set(policy), set(reference)
+        for group in (policy & reference, policy - reference, reference - policy):
+            for micro in self.cut(batch, self.memory.score_tokens, group):
+                if group <= policy:
+                    with without_dropout(self.policy()) as model:
+                        result = self.forward_tokens(model, micro, weighting=self.args.use_weighting)
+                    self.scorer.fill_policy(scores, result, micro, micro.indices)
+                if group <= reference:
+                    with self.reference.active() as model, without_dropout(model):
+                        self.scorer.fill_reference(scores, self.forward_tokens(model, micro), micro)
+
+    def recall_reference(self, batch: TokenBatch, scores: PairScores) -> list[int]:
+        """Fill in the reference's log-probs that are known; the pairs whose are not."""
         if not self.objective.needs_reference:
-            return
-        with self.reference.active() as model, without_dropout(model):
-            for micro in batch.cut(self.args.score_token_budget, subset):
-                self.scorer.fill_reference(scores, self.forward_tokens(model, micro), micro)
+            return []
+        known = self.reference_cache.get([batch.key(i) for i in range(len(batch))])
+        scores.ref_chosen_logps = known.chosen.nan_to_num().to(scores.ref_chosen_logps)
+        scores.ref_rejected_logps = known.rejected.nan_to_num().to(scores.ref_rejected_logps)
+        return known.missing
+
+    def keep_reference(self, batch: TokenBatch, scores: PairScores, computed: list[int]) -> None:
+        """Keep the reference's log-probs of the pairs at `computed`."""
+        if computed:
+            keys = [batch.key(i) for i in computed]
+            self.reference_cache.put(keys, scores.ref_chosen_logps[computed], scores.ref_rejected_logps[computed])
 
     @torch.no_grad()
     def prediction_step(
@@ -72,21 +97,32 @@ class ScoringMixin(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, Tensor]:
-        """No loss yet, the scores of the pairs (B, 8), and a placeholder for labels (B,)."""
+        """No loss yet, the scores of the pairs (B, 8), and a placeholder for labels (B,).
+
+        Memory that runs out halves the scoring budget, on this rank: what the ranks compute does not depend on it.
+        """
         batch = TokenBatch(self._prepare_inputs(inputs), self.args.device)
+        self.layouts.settle(batch, self.accelerator.autocast)
+        with self.layouts.active():
+            while True:
+                try:
+                    return None, self.memory.guarded(lambda: self._scored(batch), local=True), batch.lengths()[0]
+                except RetryStep as retry:
+                    self.memory.shrink(self.layouts.tokens(batch), scoring=True, cause=retry.cause, local=True)
+
+    def _scored(self, batch: TokenBatch) -> Tensor:
+        """(B, 8) scores of an evaluation batch."""
         scores = PairScores.zeros(*batch.lengths())
-        self.score_policy(batch, scores)
-        keys = [batch.key(i) for i in range(len(batch))]
-        if self.reference.equals_policy():
-            scores.ref_chosen_logps, scores.ref_rejected_logps = scores.chosen_logps, scores.rejected_logps
+        everything = range(len(batch))
+        missing = self.recall_reference(batch, scores)
+        if missing and self.reference.equals_policy():
+            self.score(batch, scores, policy=everything)
+            scores.ref_chosen_logps[missing] = scores.chosen_logps[missing]
+            scores.ref_rejected_logps[missing] = scores.rejected_logps[missing]
         else:
-            known = {i: self._eval_reference[key] for i, key in enumerate(keys) if key in self._eval_reference}
-            for i, pair in known.items():
-                scores.ref_chosen_logps[i], scores.ref_rejected_logps[i] = pair
-            self.score_reference(batch, scores, [i for i in range(len(batch)) if i not in known])
-        pairs = zip(scores.ref_chosen_logps.tolist(), scores.ref_rejected_logps.tolist(), strict=True)
-        self._eval_reference |= dict(zip(keys, pairs, strict=True))
-        return None, scores.stack(), torch.zeros(len(batch), device=self.args.device)
+            self.score(batch, scores, policy=everything, reference=missing)
+        self.keep_reference(batch, scores, missing)
+        return scores.stack()
 
     def evaluation_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Loss and metrics over all evaluation pairs, from their gathered scores (N, 8)."""

@@ -87,6 +87,14 @@ def is_quantized(model: PreTrainedModel) -> bool:
     return bool(getattr(model, "is_quantized", False) or getattr(model, "is_loaded_in_4bit", False))
 
 
+def check_offloading(args: FastDPOConfig) -> None:
+    if args.activation_offloading and args.device.type == "cpu":
+        raise ValueError(
+            "activation_offloading=True moves activations from a GPU to the host, and this run is on the host. Drop it; "
+            "gradient_checkpointing=True saves memory here."
+        )
+
+
 def fold_accumulation(args: FastDPOConfig) -> FastDPOConfig:
     """A copy of `args` whose dataloader batch is the whole optimizer batch: transformers accumulates nothing."""
     folded = copy.copy(args)

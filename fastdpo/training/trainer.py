@@ -1,13 +1,14 @@
 """`FastDPOTrainer`: transformers' Trainer with the batch of pairs as the unit of an optimizer step.
 
 One dataloader batch is one optimizer batch. `training_step` cuts it into micro-batches itself:
-1. the reference scores all pairs;
-2. where the loss couples the pairs (dynamic β, the filter, sorted losses), the policy scores all pairs without
-   gradients too, unless they fit into one micro-batch; the scores of all ranks are gathered, and β, the filter and
-   c = dL/dlogp of every pair follow from the whole batch;
+1. the reference scores the pairs whose log-probs under it are not known yet;
+2. where the loss couples the pairs (dynamic β, the filter, sorted losses), the policy scores all pairs too: those of one
+   micro-batch with their graph kept, the others without gradients; the scores of all ranks are gathered, and β, the
+   filter and c = dL/dlogp of every pair follow from the whole batch;
 3. the kept pairs are trained on by backpropagating Σ stop_grad(c)·logp, micro-batch by micro-batch;
 4. gradients are summed over ranks once.
-The update therefore depends neither on the cut nor on the number of ranks.
+The update therefore depends neither on the cut nor on the number of ranks, and a step that runs out of memory is
+repeated with a finer cut.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from torch import Tensor
 from transformers import (
     BitsAndBytesConfig,
@@ -37,19 +38,32 @@ from fastdpo.backends import resolve_backend
 from fastdpo.data import PreferenceCollator
 from fastdpo.reference import BetaPlan
 from fastdpo.training.artifacts import CARD_FILE, write_card
-from fastdpo.training.batch import MicroBatch, PairFeatures, TokenBatch
-from fastdpo.training.callbacks import CommitStatistics, PreferenceProgress, StopSignals, TrainingInterrupted
+from fastdpo.training.batch import PairFeatures, TokenBatch
+from fastdpo.training.callbacks import (
+    CommitStatistics,
+    PrecomputeReference,
+    PreferenceProgress,
+    StopSignals,
+    TrainingInterrupted,
+)
 from fastdpo.training.checkpointing import CheckpointMixin
 from fastdpo.training.config import FastDPOConfig
+from fastdpo.training.fingerprint import reference_identity
 from fastdpo.training.global_batch import GlobalBatch
+from fastdpo.training.layout import MicroBatch
+from fastdpo.training.layout_choice import LayoutChoice
+from fastdpo.training.memory_plan import MemoryPlan, RetryStep, get_rng_state, set_rng_state
 from fastdpo.training.model import disable_dropout, keep_quantized_layers_trainable
 from fastdpo.training.nonfinite import NonFiniteLossError, stop_on_nonfinite
 from fastdpo.training.objective import Coefficients, Objective
+from fastdpo.training.reference_cache import ReferenceCache
 from fastdpo.training.reference_policy import ReferencePolicy
+from fastdpo.training.reference_store import ReferenceStoreMixin
 from fastdpo.training.scoring import CompletionScorer, PairScores, TokenScores
 from fastdpo.training.scoring_passes import ScoringMixin
 from fastdpo.training.setup import (
     check_models,
+    check_offloading,
     fold_accumulation,
     is_quantized,
     model_name,
@@ -66,7 +80,7 @@ logger = logging.getLogger(__name__)
 PAIR_COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids", "example_id"]
 
 
-class FastDPOTrainer(CheckpointMixin, ScoringMixin, Trainer):
+class FastDPOTrainer(CheckpointMixin, ReferenceStoreMixin, ScoringMixin, Trainer):
     """Preference optimisation of a causal LM, called as TRL's DPOTrainer is.
 
     Args:
@@ -121,11 +135,8 @@ class FastDPOTrainer(CheckpointMixin, ScoringMixin, Trainer):
                 keep_quantized_layers_trainable(each)
                 if args.disable_dropout and (lost := disable_dropout(each)) and peft_config is not None:
                     logger.warning("disable_dropout=True switches off a dropout of %s. Set it False to keep it.", lost)
-        if isinstance(model, PeftModel) and args.gradient_checkpointing:
-            model.enable_input_require_grads()
-
+        check_offloading(args)
         self.config, self.tokenizer, self.tokenization = args, resolve_tokenizer(processing_class, model), {}
-        self._eval_reference = {}
         #: Final figures, for the model card.
         self.results: dict[str, Any] = {}
         folded = fold_accumulation(args)
@@ -150,6 +161,13 @@ class FastDPOTrainer(CheckpointMixin, ScoringMixin, Trainer):
         self.scorer = CompletionScorer(
             ld_alpha=folded.ld_alpha, use_weighting=folded.use_weighting, backend=folded.backend
         )
+        self.memory = MemoryPlan(folded, self.model)
+        models = [self.model] if ref_model is None else [self.model, ref_model]
+        self.layouts = LayoutChoice(folded, self.scorer, models)
+        kept = folded.reference != "online" and self.objective.needs_reference
+        self.reference_cache = ReferenceCache(
+            reference_identity(self.reference, self.tokenizer, folded) if kept else {}
+        )
         self.dynamic_beta = folded.make_dynamic_beta().to(folded.device) if folded.dynamic_beta else None
         self._pending_plan: BetaPlan | None = None
         self._step_metrics: dict[str, list[float]] = defaultdict(list)
@@ -158,6 +176,7 @@ class FastDPOTrainer(CheckpointMixin, ScoringMixin, Trainer):
         self.stop_signals = StopSignals()
         self.add_callback(self.stop_signals)
         self.add_callback(CommitStatistics(self))
+        self.add_callback(PrecomputeReference(self))
         if not folded.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(PreferenceProgress())
@@ -176,13 +195,11 @@ class FastDPOTrainer(CheckpointMixin, ScoringMixin, Trainer):
             self.optimizer.train()
         batch = TokenBatch(self._prepare_inputs(inputs), self.args.device)
         window = GlobalBatch(batch, self.args.process_index, self.args.world_size, self._real_pairs(len(batch)))
-        scores = PairScores.zeros(*batch.lengths())
-        self.score_reference(batch, scores)
-        if self.objective.couples_batch:
-            everyone, plan = self._train_coupled(batch, scores, window)
-        else:
-            everyone, plan = self._train_separable(batch, scores, window), None
+        self.layouts.settle(batch, self.accelerator.autocast)
+        with self.layouts.active():
+            everyone, plan = self._repeat_until_it_fits(batch, window)
         self._sum_gradients()
+        self.share_reference()
         loss = self._record(everyone, plan, batch)
         self._pending_plan = plan
         self._empty_cache_if_due()
@@ -197,34 +214,76 @@ class FastDPOTrainer(CheckpointMixin, ScoringMixin, Trainer):
         last = len(self.train_dataset) % (self.args.train_batch_size * self.args.world_size)
         return last or total
 
-    def _train_coupled(
-        self, batch: TokenBatch, scores: PairScores, window: GlobalBatch
-    ) -> tuple[PairScores, BetaPlan | None]:
-        micros = batch.cut(self.args.train_token_budget)
-        held: tuple[MicroBatch, TokenScores] | None = None
-        if len(micros) == 1:
-            held = micros[0], self.forward_tokens(self.policy(), micros[0], weighting=self.args.use_weighting)
-            self.scorer.fill_policy(scores, held[1], held[0], held[0].indices)
+    def _repeat_until_it_fits(self, batch: TokenBatch, window: GlobalBatch) -> tuple[PairScores, BetaPlan | None]:
+        """The step's gradients. Memory that runs out on any rank makes all of them start it again with less at once:
+        from the same statistics, the same random numbers and no gradients, so that nothing is lost or counted twice."""
+        random_state = get_rng_state(self.args.device)
+        while True:
+            self._scoring = True
+            try:
+                return self._gradients_of(batch, window)
+            except RetryStep as retry:
+                cause = retry.cause
+            self.model.zero_grad()
+            set_rng_state(self.args.device, random_state)
+            self.memory.shrink(self.layouts.tokens(batch), scoring=self._scoring, cause=cause)
+
+    def _gradients_of(self, batch: TokenBatch, window: GlobalBatch) -> tuple[PairScores, BetaPlan | None]:
+        scores = PairScores.zeros(*batch.lengths())
+        if self.args.reference == "online":
+            missing = list(range(len(batch))) if self.objective.needs_reference else []
         else:
-            self.score_policy(batch, scores)
+            missing = self.recall_reference(batch, scores)
+        coupled = self.objective.couples_batch
+        micros = self.cut(batch, self.memory.train_tokens, range(len(batch)))
+        # With dropout on, log-probs with and without a graph differ: either all pairs are scored with one or none
+        holds = coupled and (len(micros) == 1 or self.args.disable_dropout)
+        first = micros[0] if holds else None
+        rest = set(range(len(batch))) - set(first.indices.tolist() if first is not None else ())
+        self.memory.guarded(lambda: self.score(batch, scores, policy=rest if coupled else (), reference=missing))
+        if self.args.reference != "online":
+            self.keep_reference(batch, scores, missing)
+        self._scoring = False
+        if coupled:
+            return self._train_coupled(batch, scores, window, first)
+        return self._train_separable(batch, scores, window), None
+
+    def _train_coupled(
+        self, batch: TokenBatch, scores: PairScores, window: GlobalBatch, first: MicroBatch | None
+    ) -> tuple[PairScores, BetaPlan | None]:
+        """`first` is a micro-batch whose pairs are not scored yet: its graph is kept from here to its backward."""
+        held: TokenScores | None = None
+        if first is not None:
+            held = self.memory.guarded(
+                lambda: self.forward_tokens(self.policy(), first, weighting=self.args.use_weighting)
+            )
+            self.scorer.fill_policy(scores, held, first, first.indices)
         everyone = window.gather(scores)
         plan = self.objective.plan(everyone, self.dynamic_beta)
         coefficients = window.own(self.objective.coefficients(everyone, plan))
-        if held is not None:
-            self._backward(held[1], held[0], coefficients)
-            return everyone, plan
-        kept = window.own_kept(None if plan is None else plan.keep)
-        for micro in batch.cut(self.args.train_token_budget, kept):
-            self._backward(self.forward_tokens(self.policy(), micro), micro, coefficients)
+        kept = set(window.own_kept(None if plan is None else plan.keep))
+
+        def train() -> None:
+            if held is not None and first is not None:
+                self._backward(held, first, coefficients)
+                kept.difference_update(first.indices.tolist())
+            for micro in self.cut(batch, self.memory.train_tokens, kept):
+                self._backward(self.forward_tokens(self.policy(), micro), micro, coefficients)
+
+        self.memory.guarded(train)
         return everyone, plan
 
     def _train_separable(self, batch: TokenBatch, scores: PairScores, window: GlobalBatch) -> PairScores:
         everyone = window.gather(scores)  # lengths and reference: c of a pair needs no other pair's log-probs
-        for micro in batch.cut(self.args.train_token_budget, window.own_kept(None)):
-            result = self.forward_tokens(self.policy(), micro, weighting=self.args.use_weighting)
-            self.scorer.fill_policy(scores, result, micro, micro.indices)
-            self.scorer.fill_policy(everyone, result, micro, micro.indices + window.offset)
-            self._backward(result, micro, window.own(self.objective.coefficients(everyone)))
+
+        def train() -> None:
+            for micro in self.cut(batch, self.memory.train_tokens, window.own_kept(None)):
+                result = self.forward_tokens(self.policy(), micro, weighting=self.args.use_weighting)
+                self.scorer.fill_policy(scores, result, micro, micro.indices)
+                self.scorer.fill_policy(everyone, result, micro, micro.indices + window.offset)
+                self._backward(result, micro, window.own(self.objective.coefficients(everyone)))
+
+        self.memory.guarded(train)
         return window.gather(scores)
 
     def _backward(self, result: TokenScores, micro: MicroBatch, coefficients: Coefficients) -> None:
@@ -290,11 +349,14 @@ class FastDPOTrainer(CheckpointMixin, ScoringMixin, Trainer):
         Raises CheckpointError (an unusable output folder or checkpoint), NonFiniteLossError or TrainingInterrupted.
         """
         resume = self.prepare_output_dir(resume_from_checkpoint)
+        self.load_reference()
         self.stop_signals.install()
         try:
-            return super().train(resume_from_checkpoint=resume, **kwargs)
+            result = super().train(resume_from_checkpoint=resume, **kwargs)
         finally:
             self.stop_signals.restore()
+        self.save_reference()
+        return result
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         # Before the best weights are loaded and other checkpoints deleted: the step in flight must not be lost.
