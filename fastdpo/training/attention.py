@@ -6,13 +6,13 @@ A pair that shares its prefix lies in a row as  prefix (a) | chosen (b) | reject
     queries [rejected]        over keys [prefix, rejected]     causal, aligned at the last key
 
 which is attention of variable length with different query and key boundaries (Accelerating DPO with Prefix Sharing,
-arXiv 2410.20305, computes the same through a block mask). A sequence that shares nothing is one segment. Work and memory
-are those of the sequences on their own: O(Σ (a+b)² + c·(a+c)) products, and q, k, v, the output and one number per query
-and head are kept for the backward.
+arXiv 2410.20305, computes the same through a block mask). A sequence that shares nothing is one segment. Work and
+memory are those of the sequences on their own: O(Σ (a+b)² + c·(a+c)) products, and q, k, v, the output and one number
+per query and head are kept for the backward.
 
 `segment_attention` is registered with transformers' AttentionInterface and gets the segments as the forward argument
-`segments`; `segments_active` switches models to it. `dense_mask` writes the same as a 4-D mask: the oracle of the tests,
-and what serves attention that has more to it than a softmax over keys (softcaps, dropout, sinks).
+`segments`; `segments_active` switches models to it. `dense_mask` writes the same as a 4-D mask: the oracle of the
+tests, and what serves attention that has more to it than a softmax over keys (softcaps, dropout, sinks).
 """
 
 from __future__ import annotations
@@ -169,6 +169,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | 
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=heads != k.shape[1],
     )
+    assert isinstance(out, Tensor)  # nothing beside it was asked for
     if segments.query_index is not None:
         out = out.new_zeros(rows * width, *out.shape[1:]).index_copy(0, segments.query_index, out)
     return out.unflatten(0, (rows, width))
@@ -182,7 +183,7 @@ def _per_segment(
     Heads that share a key are a batch dimension, over which it is expanded in place: keys and values are neither
     repeated nor kept repeated. `split` has one backward for all pieces, where a slice each would have one of full size.
     """
-    rows, heads, width, _ = q.shape
+    rows, _, width, _ = q.shape
     q, k, v = (x.transpose(0, 1).flatten(1, 2) for x in (q, k, v))  # (heads, R·T, D), a view of one row
     starts = [each for item in segments.items for each in (item.start, item.stop)]
     gaps = [stop - start for start, stop in zip([0, *starts], [*starts, rows * width], strict=True)]

@@ -1,8 +1,8 @@
-"""The options of a run: `ModelConfig`, `DataConfig` and `FastDPOConfig`, read from flags or YAML."""
+"""The options of training: `FastDPOConfig`, from flags or YAML. Those of the model and of the data are beside it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -12,10 +12,14 @@ from transformers import TrainingArguments
 from fastdpo.checks import check_loss_options
 from fastdpo.dynamic_beta import DynamicBeta
 from fastdpo.losses import LOSSES
+from fastdpo.training.model_config import DataConfig, ModelConfig
+from fastdpo.training.option_checks import check_conditions, check_fields
 from fastdpo.version import __version__
 
-#: Tokens per micro-batch when `micro_batch_tokens` is "auto" on a CPU without a stated `memory_limit`: more of them make
-#: no product faster there.
+__all__ = ["DataConfig", "FastDPOConfig", "ModelConfig"]
+
+#: Tokens per micro-batch when `micro_batch_tokens` is "auto" on a CPU without a stated `memory_limit`: more of them
+#: make no product faster there.
 DEFAULT_MICRO_BATCH_TOKENS = 1024
 #: A scoring pass keeps no activations, so its micro-batches are this many times larger.
 SCORING_BUDGET_FACTOR = 4
@@ -64,17 +68,6 @@ _CONDITIONS = (
         "no loss in loss_type, and no f-divergence chosen, takes it.",
     ),
 )
-_LORA_OPTIONS = (
-    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "use_rslora", "use_dora",
-)  # fmt: skip
-_MODEL_CONDITIONS = (
-    (
-        _LORA_OPTIONS,
-        "fresh LoRA",
-        "a continued adapter keeps its own settings, and use_lora=False has none.",
-    ),
-    (("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"), "load_in_4bit", "set load_in_4bit=True or drop it."),
-)
 _OPTION_NAMES = {
     "alpha": "beta_alpha",
     "momentum": "beta_momentum",
@@ -85,34 +78,6 @@ _OPTION_NAMES = {
 REFUSED_OPTIMIZERS = ("lomo", "adalomo")
 
 
-def check_fields(config: Any) -> None:
-    """What argparse checks on the command line, for options that come from YAML or Python.
-
-    Raises ValueError where a field with `choices` holds something else, or where None stands in a field that needs a
-    value. A single string in the place of a list becomes a list of one.
-    """
-    own = type(config).__annotations__  # not Field.type, which argument parsers rewrite
-    for each in fields(config):
-        value, kind = getattr(config, each.name), str(own.get(each.name))
-        if value is None and each.name in own and "None" not in kind:
-            raise ValueError(f"{each.name}=None: a value is needed; leave the option out for its default.")
-        if isinstance(value, str) and kind.startswith("list[str]"):
-            setattr(config, each.name, [value])
-        accepted = each.metadata.get("choices")
-        if accepted and value not in (*accepted, None):
-            raise ValueError(f"{each.name}={value!r} is unknown; accepted are {', '.join(accepted)}.")
-
-
-def check_conditions(config: Any, met: set[str], conditions: tuple[tuple[tuple[str, ...], str, str], ...]) -> None:
-    """Raise ValueError for an option that was changed but acts only under a condition that is not in `met`."""
-    for names, condition, advice in conditions:
-        for name in names:
-            field_ = config.__dataclass_fields__[name]
-            default = field_.default_factory() if callable(field_.default_factory) else field_.default
-            if getattr(config, name) != default and not met & {name, condition}:
-                raise ValueError(f"{name}={getattr(config, name)!r} has no effect here: {advice}")
-
-
 def _with_option_name(message: str) -> str:
     """The loss functions' argument names, at the start of an error, as this config spells them."""
     name, equals, rest = message.partition("=")
@@ -120,99 +85,14 @@ def _with_option_name(message: str) -> str:
 
 
 @dataclass
-class ModelConfig:
-    """What is trained: the model, its quantisation and its adapter."""
-
-    _argument_group_name: ClassVar = "model"
-
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Local folder or hub name of a causal LM."})
-    model_revision: str | None = field(default=None, metadata={"help": "Hub revision of the model and tokenizer."})
-    adapter_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Existing PEFT adapter to train further. The reference is the model with this adapter."},
-    )
-    tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "Default: the model's own tokenizer."})
-    chat_template: str | None = field(
-        default=None, metadata={"help": "File with a Jinja chat template that replaces the tokenizer's own."}
-    )
-    dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "Dtype of the weights that are not quantised, and of 4-bit compute: auto (bfloat16 on a GPU that "
-            "has it, float32 elsewhere), float32, bfloat16 or float16.",
-            "choices": ["auto", "float32", "bfloat16", "float16"],
-        },
-    )
-    attn_implementation: str | None = field(default=None, metadata={"help": "As in transformers, e.g. sdpa or eager."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Allow models that ship their own Python code."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: quantise the linear layers with bitsandbytes."})
-    bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "nf4 or fp4.", "choices": ["nf4", "fp4"]})
-    bnb_4bit_use_double_quant: bool = field(default=True, metadata={"help": "Quantise the quantisation constants."})
-    use_lora: bool = field(default=True, metadata={"help": "Train a LoRA. False trains every weight."})
-    lora_r: int = field(default=16, metadata={"help": "Rank of the LoRA matrices."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of the LoRA: its update is multiplied by alpha / r."})
-    lora_dropout: float = field(
-        default=0.0, metadata={"help": "Dropout before the LoRA. Needs `--disable_dropout false` to act."}
-    )
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"],
-        metadata={"help": "Names of the modules that get a LoRA, or all-linear."},
-    )
-    lora_modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules trained in full and saved with the adapter."}
-    )
-    use_rslora: bool = field(default=False, metadata={"help": "Scale the LoRA by alpha / sqrt(r)."})
-    use_dora: bool = field(default=False, metadata={"help": "Weight-decomposed LoRA."})
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        met = {"load_in_4bit"} if self.load_in_4bit else set()
-        met |= {"fresh LoRA"} if self.use_lora and not self.adapter_name_or_path else set()
-        check_conditions(self, met, _MODEL_CONDITIONS)
-        if self.lora_r < 1:
-            raise ValueError(f"lora_r={self.lora_r}: the rank of a LoRA is at least 1; 8 to 64 are usual.")
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout={self.lora_dropout}: a probability in [0, 1).")
-
-
-@dataclass
-class DataConfig:
-    """Where the pairs come from."""
-
-    _argument_group_name: ClassVar = "data"
-
-    dataset_name_or_path: str | None = field(
-        default=None, metadata={"help": "Local .jsonl, .jsonl.gz, .json or .parquet file, local folder, or hub name."}
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Hub revision of the data set."})
-    train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    eval_dataset_name_or_path: str | None = field(
-        default=None, metadata={"help": "Default: the training data set, if --eval_split is given."}
-    )
-    eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on."})
-    data_format: str = field(
-        default="auto",
-        metadata={
-            "help": "auto (from the columns), trl, hh-rlhf, beavertails-helpful or beavertails-harmless.",
-            "choices": ["auto", "trl", "hh-rlhf", "beavertails-helpful", "beavertails-harmless"],
-        },
-    )
-    max_train_examples: int | None = field(default=None, metadata={"help": "Use only the first N training pairs."})
-    max_eval_examples: int | None = field(default=None, metadata={"help": "Use only the first N evaluation pairs."})
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-
-@dataclass
 class FastDPOConfig(TrainingArguments):
     """TrainingArguments plus the options of DPO and β-DPO.
 
     Names follow TRL's DPOConfig where it has the option. Differences from TrainingArguments' defaults: `bf16` is on
-    where the GPU has it, `optim` is paged 8-bit AdamW on a GPU, checkpointing is "auto", `logging_steps` is 10, `logging_nan_inf_filter` is off and stays off. The batch that β, the
-    filter and the loss see is `per_device_train_batch_size × gradient_accumulation_steps` pairs per rank; how many of
-    them share a forward is `micro_batch_tokens` and changes nothing but memory and speed.
+    where the GPU has it, `optim` is paged 8-bit AdamW on a GPU, checkpointing is "auto", `logging_steps` is 10,
+    `logging_nan_inf_filter` is off and stays off. The batch that β, the filter and the loss see is
+    `per_device_train_batch_size × gradient_accumulation_steps` pairs per rank; how many of them share a forward is
+    `micro_batch_tokens` and changes nothing but memory and speed.
     """
 
     bf16: bool | None = field(
@@ -282,8 +162,8 @@ class FastDPOConfig(TrainingArguments):
     micro_batch_tokens: str = field(
         default="auto",
         metadata={
-            "help": "Tokens per forward with gradients, padding included; a longer pair goes alone. auto: the most that "
-            f"memory holds, found by trial on a GPU, from memory_limit on a CPU, and {DEFAULT_MICRO_BATCH_TOKENS} "
+            "help": "Tokens per forward with gradients, padding included; a longer pair goes alone. auto: the most "
+            f"that memory holds, found by trial on a GPU, from memory_limit on a CPU, and {DEFAULT_MICRO_BATCH_TOKENS} "
             "there without one."
         },
     )
@@ -380,11 +260,11 @@ class FastDPOConfig(TrainingArguments):
             asked = str(bool(self.activation_checkpointing)).lower()
             if self.gradient_checkpointing not in ("auto", asked):
                 raise ValueError(
-                    f"activation_checkpointing={self.activation_checkpointing} and "
-                    f"gradient_checkpointing={self.gradient_checkpointing!r} contradict each other; they are one option."
+                    f"activation_checkpointing={self.activation_checkpointing} contradicts gradient_checkpointing="
+                    f"{self.gradient_checkpointing!r}; they are one option. Set one of them."
                 )
             self.gradient_checkpointing = asked
-            self.activation_checkpointing = None
+            self.activation_checkpointing = None  # type: ignore[assignment]
 
     def _refuse_unsupported(self) -> None:
         for name, (accepted, reason) in REFUSED.items():

@@ -99,7 +99,7 @@ class LayoutChoice:
         return nullcontext() if self.layout.plain or self.layout.masked else segments_active(self.models)
 
     def settle(self, batch: TokenBatch, autocast: Any) -> Layout:
-        """Choose and check on the pairs of `batch`; later calls return the same. `autocast` gives the run's precision."""
+        """Choose and check on the pairs of `batch`; later calls return the same. `autocast`: the run's precision."""
         if self._settled is None:
             for model in self.models:
                 self.scorer.heads.read(model)  # probes the model, which is to attend in its own way then

@@ -1,8 +1,8 @@
 """How much of a batch goes through the model at once, and whether its layers are checkpointed.
 
 Neither changes a result, so both follow the memory: `MemoryPlan` holds them, `guarded` runs a part of a step and turns
-an out-of-memory error on any rank into `RetryStep` on all of them, and `shrink` gives the step less to hold before it is
-repeated. What a step holds at its peak is one micro-batch's activations: small micro-batches without checkpointing
+an out-of-memory error on any rank into `RetryStep` on all of them, and `shrink` gives the step less to hold before it
+is repeated. What a step holds at its peak is one micro-batch's activations: small micro-batches without checkpointing
 cost less time than large ones with it, so checkpointing comes last, when not even one pair fits.
 """
 
@@ -33,7 +33,7 @@ ADVICE = (
 
 
 class RetryStep(Exception):
-    """Memory ran out on some rank; the step is to be repeated with a smaller plan. `cause`: this rank's error, if any."""
+    """Memory ran out on some rank: repeat the step with a smaller plan. `cause`: this rank's error, if any."""
 
     def __init__(self, cause: BaseException | None) -> None:
         super().__init__("out of memory")
@@ -87,7 +87,7 @@ class MemoryPlan:
             if not is_out_of_memory(error):
                 raise
             cause = error.with_traceback(None)  # its frames hold the tensors that did not fit
-        if self._over_ranks(int(cause is not None), local):
+        if self.over_ranks(int(cause is not None), local):
             del result
             release_memory()
             raise RetryStep(cause)
@@ -98,7 +98,7 @@ class MemoryPlan:
 
         tokens: of each pair of the batch in its rows. Raises OutOfMemory where nothing is left to try.
         """
-        largest, total = self._over_ranks(max(tokens), local), self._over_ranks(sum(tokens), local)
+        largest, total = self.over_ranks(max(tokens), local), self.over_ranks(sum(tokens), local)
         budget = min(self.score_tokens if scoring else self.train_tokens, total)
         if budget > largest:  # below that, the largest pair is alone already
             if scoring:
@@ -115,7 +115,7 @@ class MemoryPlan:
                 f"one pair of {largest} tokens does not fit into memory ({cause or 'on another rank'}). {ADVICE}"
             ) from cause
 
-    def _over_ranks(self, value: int, local: bool) -> int:
+    def over_ranks(self, value: int, local: bool = False) -> int:
         """The largest of the ranks' values, so that all of them decide alike; this rank's own if `local`."""
         if local or self.args.world_size == 1:
             return value

@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -52,18 +53,21 @@ def quantization_config(config: ModelConfig) -> BitsAndBytesConfig | None:
 def load_causal_lm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     """from_pretrained, with errors that say what was looked for. Raises FileNotFoundError, ValueError."""
     name_or_path = os.path.expanduser(name_or_path)
+    load_config(name_or_path, kwargs.get("revision"), kwargs.get("trust_remote_code", False))
+    return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+
+
+def load_config(name_or_path: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of a causal LM. Raises FileNotFoundError, OSError, ValueError."""
+    name_or_path = os.path.expanduser(name_or_path)
     _check_model_path(name_or_path)
-    config = AutoConfig.from_pretrained(
-        name_or_path,
-        revision=kwargs.get("revision"),
-        trust_remote_code=kwargs.get("trust_remote_code", False),
-    )
+    config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     if type(config) not in AutoModelForCausalLM._model_mapping and not getattr(config, "auto_map", None):
         raise ValueError(
             f"model={name_or_path!r} is a {type(config).__name__}, which has no causal language-model head. "
             "Give a decoder-only model, such as a Llama, Mistral, Qwen or Gemma."
         )
-    return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+    return config
 
 
 def _check_model_path(name_or_path: str) -> None:

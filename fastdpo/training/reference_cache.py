@@ -86,7 +86,7 @@ class ReferenceCache:
         self.hits = 0
         self.computed = 0
         self._entries: _Entries = {}
-        self._new: list[Entry] = []
+        self._new: list[bytes] = []
         self._reported: set[str] = set()
 
     def __len__(self) -> int:
@@ -116,14 +116,14 @@ class ReferenceCache:
             )
         values = torch.stack([chosen.detach(), rejected.detach()]).float().cpu()  # one transfer
         added = self._add(Entry(key, *pair) for key, pair in zip(keys, zip(*values.tolist(), strict=True), strict=True))
-        self._new += added
+        self._new += [entry.key for entry in added]
         self.computed += len(added)
         return len(added)
 
     def new_entries(self) -> list[Entry]:
         """What `put` has added since the last call, for the other ranks: each `merge`s what all have gathered."""
         new, self._new = self._new, []
-        return new
+        return [Entry(key, *self._entries[key]) for key in new]
 
     def merge(self, entries: Iterable[Entry]) -> int:
         """Take over what other ranks have computed; returns how many pairs were added. Raises as `put`."""

@@ -1,8 +1,8 @@
-"""The part of the trainer that keeps reference log-probs: filled ahead of training, shared by ranks, saved beside the run.
+"""The part of the trainer that keeps reference log-probs: filled ahead, shared by ranks, saved beside the run.
 
-`reference="lazy"` computes a pair's in the step that first sees it, "precompute" all of them before the first step. Both
-read and write one file (`fastdpo.training.reference_cache`); what it holds for this reference and tokenisation is not
-computed again, by later epochs, resumed runs and later runs on the same data.
+`reference="lazy"` computes a pair's in the step that first sees it, "precompute" all of them before the first step.
+Both read and write one file (`fastdpo.training.reference_cache`); what it holds for this reference and tokenisation is
+not computed again, by later epochs, resumed runs and later runs on the same data.
 """
 
 from __future__ import annotations

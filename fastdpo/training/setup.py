@@ -90,7 +90,7 @@ def is_quantized(model: PreTrainedModel) -> bool:
 def check_offloading(args: FastDPOConfig) -> None:
     if args.activation_offloading and args.device.type == "cpu":
         raise ValueError(
-            "activation_offloading=True moves activations from a GPU to the host, and this run is on the host. Drop it; "
+            "activation_offloading=True moves activations from a GPU to the host, where this run is already. Drop it; "
             "gradient_checkpointing=True saves memory here."
         )
 

@@ -2,9 +2,9 @@
 
 One dataloader batch is one optimizer batch. `training_step` cuts it into micro-batches itself:
 1. the reference scores the pairs whose log-probs under it are not known yet;
-2. where the loss couples the pairs (dynamic β, the filter, sorted losses), the policy scores all pairs too: those of one
-   micro-batch with their graph kept, the others without gradients; the scores of all ranks are gathered, and β, the
-   filter and c = dL/dlogp of every pair follow from the whole batch;
+2. where the loss couples the pairs (dynamic β, the filter, sorted losses), the policy scores all pairs too: those of
+   one micro-batch with their graph kept, the others without gradients; the scores of all ranks are gathered, and β,
+   the filter and c = dL/dlogp of every pair follow from the whole batch;
 3. the kept pairs are trained on by backpropagating Σ stop_grad(c)·logp, micro-batch by micro-batch;
 4. gradients are summed over ranks once.
 The update therefore depends neither on the cut nor on the number of ranks, and a step that runs out of memory is
@@ -53,6 +53,7 @@ from fastdpo.training.global_batch import GlobalBatch
 from fastdpo.training.layout import MicroBatch
 from fastdpo.training.layout_choice import LayoutChoice
 from fastdpo.training.memory_plan import MemoryPlan, RetryStep, get_rng_state, set_rng_state
+from fastdpo.training.memory_trial import MemoryTrialMixin
 from fastdpo.training.model import disable_dropout, keep_quantized_layers_trainable
 from fastdpo.training.nonfinite import NonFiniteLossError, stop_on_nonfinite
 from fastdpo.training.objective import Coefficients, Objective
@@ -80,7 +81,7 @@ logger = logging.getLogger(__name__)
 PAIR_COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids", "example_id"]
 
 
-class FastDPOTrainer(CheckpointMixin, ReferenceStoreMixin, ScoringMixin, Trainer):
+class FastDPOTrainer(CheckpointMixin, ReferenceStoreMixin, MemoryTrialMixin, ScoringMixin, Trainer):
     """Preference optimisation of a causal LM, called as TRL's DPOTrainer is.
 
     Args:
@@ -196,6 +197,7 @@ class FastDPOTrainer(CheckpointMixin, ReferenceStoreMixin, ScoringMixin, Trainer
         batch = TokenBatch(self._prepare_inputs(inputs), self.args.device)
         window = GlobalBatch(batch, self.args.process_index, self.args.world_size, self._real_pairs(len(batch)))
         self.layouts.settle(batch, self.accelerator.autocast)
+        self.settle_memory()
         with self.layouts.active():
             everyone, plan = self._repeat_until_it_fits(batch, window)
         self._sum_gradients()
@@ -236,8 +238,9 @@ class FastDPOTrainer(CheckpointMixin, ReferenceStoreMixin, ScoringMixin, Trainer
             missing = self.recall_reference(batch, scores)
         coupled = self.objective.couples_batch
         micros = self.cut(batch, self.memory.train_tokens, range(len(batch)))
-        # With dropout on, log-probs with and without a graph differ: either all pairs are scored with one or none
-        holds = coupled and (len(micros) == 1 or self.args.disable_dropout)
+        # With dropout on, log-probs with and without a graph differ: either all pairs of all ranks are scored with one
+        # or none
+        holds = coupled and (self.args.disable_dropout or self.memory.over_ranks(len(micros)) == 1)
         first = micros[0] if holds else None
         rest = set(range(len(batch))) - set(first.indices.tolist() if first is not None else ())
         self.memory.guarded(lambda: self.score(batch, scores, policy=rest if coupled else (), reference=missing))

@@ -1,0 +1,34 @@
+"""Checks that every options dataclass shares."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+
+def check_fields(config: Any) -> None:
+    """What argparse checks on the command line, for options that come from YAML or Python.
+
+    Raises ValueError where a field with `choices` holds something else, or where None stands in a field that needs a
+    value. A single string in the place of a list becomes a list of one.
+    """
+    own = type(config).__annotations__  # not Field.type, which argument parsers rewrite
+    for each in fields(config):
+        value, kind = getattr(config, each.name), str(own.get(each.name))
+        if value is None and each.name in own and "None" not in kind:
+            raise ValueError(f"{each.name}=None: a value is needed; leave the option out for its default.")
+        if isinstance(value, str) and kind.startswith("list[str]"):
+            setattr(config, each.name, [value])
+        accepted = each.metadata.get("choices")
+        if accepted and value not in (*accepted, None):
+            raise ValueError(f"{each.name}={value!r} is unknown; accepted are {', '.join(accepted)}.")
+
+
+def check_conditions(config: Any, met: set[str], conditions: tuple[tuple[tuple[str, ...], str, str], ...]) -> None:
+    """Raise ValueError for an option that was changed but acts only under a condition that is not in `met`."""
+    for names, condition, advice in conditions:
+        for name in names:
+            field_ = config.__dataclass_fields__[name]
+            default = field_.default_factory() if callable(field_.default_factory) else field_.default
+            if getattr(config, name) != default and not met & {name, condition}:
+                raise ValueError(f"{name}={getattr(config, name)!r} has no effect here: {advice}")
