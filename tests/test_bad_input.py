@@ -53,8 +53,18 @@ OPTIONS = {
     "dynamic β of sft": ({"dynamic_beta": True, "loss_type": ["sft"]}, "dynamic_beta=True has no effect"),
     "no room for completions": ({"max_length": 64, "max_prompt_length": 64}, "leaves no room for a completion"),
     "micro_batch_tokens": ({"micro_batch_tokens": "many"}, "micro_batch_tokens='many': 'auto' or a number"),
-    "prefix sharing": ({"prefix_sharing": "on"}, "prefix_sharing='on' is unknown; accepted are auto, off"),
-    "reference cache": ({"reference": "precompute"}, "reference='precompute' is unknown; accepted are online"),
+    "prefix sharing": ({"prefix_sharing": "yes"}, "prefix_sharing='yes' is unknown; accepted are auto, on, off"),
+    "packing": ({"packing": "true"}, "packing='true' is unknown; accepted are auto, on, off"),
+    "reference": ({"reference": "cached"}, "reference='cached' is unknown; accepted are online, lazy, precompute"),
+    "reference folder": (
+        {"reference": "online", "reference_cache_dir": "kept"},
+        "reference_cache_dir='kept' has no effect with reference='online'",
+    ),
+    "checkpointing": (
+        {"gradient_checkpointing": "some"},
+        "gradient_checkpointing='some' is unknown; accepted are auto, true, false",
+    ),
+    "memory limit": ({"memory_limit": "12 apples"}, "memory_limit='12 apples': a size such as 12GB or 8GiB."),
     "router loss": ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef=0.1"),
     "lomo": ({"optim": "lomo"}, "optim='lomo'"),
     "order that resume cannot repeat": (

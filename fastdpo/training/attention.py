@@ -66,7 +66,8 @@ class Segments:
 
     rows, width: R, T. items: the segments. query_index: (Q,) flat positions of their queries in order, or None where
     these are all R·T. key_index: (K,) flat positions of their keys, prefix first. query_bounds, key_bounds: (S + 1,)
-    int32, where each segment begins in them.
+    int32, where each segment begins in them. in_one_call: attention of variable length serves all of them; None: where
+    the queries' device and dtype have it.
     """
 
     rows: int
@@ -76,6 +77,7 @@ class Segments:
     key_index: Tensor
     query_bounds: Tensor
     key_bounds: Tensor
+    in_one_call: bool | None = None
 
     @classmethod
     def build(cls, rows: int, width: int, items: Sequence[Segment], device: torch.device) -> Segments:
@@ -137,9 +139,13 @@ def segment_attention(
         raise UnsupportedAttention(
             f"{name} attends from {query.shape[2]} to {key.shape[2]} tokens where {segments.width} were given."
         )
+    if torch.is_autocast_enabled(query.device.type):  # which knows SDPA, and not attention of variable length
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if sliding_window is not None and sliding_window >= segments.max_keys:
         sliding_window = None
-    attend = _varlen if _has_flash(query) else _per_segment
+    in_one_call = _has_flash(query) if segments.in_one_call is None else segments.in_one_call
+    attend = _varlen if in_one_call else _per_segment
     return attend(query, key, value, segments, scaling, sliding_window), None
 
 

@@ -233,8 +233,7 @@ class FastDPOConfig(TrainingArguments):
         check_fields(self)
         checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None  # type: ignore[assignment]
         super().__post_init__()
-        # transformers switches it on by its own names; here it belongs to the memory plan
-        self.gradient_checkpointing, self.activation_checkpointing = checkpointing, False
+        self.gradient_checkpointing = checkpointing
         self.dataloader_pin_memory &= torch.accelerator.is_available()  # there is nothing to pin for
         self._refuse_unsupported()
         try:
@@ -256,15 +255,16 @@ class FastDPOConfig(TrainingArguments):
         """One option out of its three spellings: gradient_checkpointing, activation_checkpointing, true and false."""
         if isinstance(self.gradient_checkpointing, bool):
             self.gradient_checkpointing = str(self.gradient_checkpointing).lower()
-        if self.activation_checkpointing is not None:
-            asked = str(bool(self.activation_checkpointing)).lower()
+        asked = getattr(self, "activation_checkpointing", None)  # its name from transformers 5.21 on
+        if asked is not None:
+            asked = str(bool(asked)).lower()
             if self.gradient_checkpointing not in ("auto", asked):
                 raise ValueError(
-                    f"activation_checkpointing={self.activation_checkpointing} contradicts gradient_checkpointing="
+                    f"activation_checkpointing={asked} contradicts gradient_checkpointing="
                     f"{self.gradient_checkpointing!r}; they are one option. Set one of them."
                 )
             self.gradient_checkpointing = asked
-            self.activation_checkpointing = None  # type: ignore[assignment]
+            self.activation_checkpointing = None
 
     def _refuse_unsupported(self) -> None:
         for name, (accepted, reason) in REFUSED.items():

@@ -59,16 +59,19 @@ class MemoryPlan:
         self.score_tokens = SCORING_BUDGET_FACTOR * self.train_tokens
         self.checkpointing = False
         self.settled = args.micro_batch_tokens != "auto"
-        if args.gradient_checkpointing == "true" or args.activation_offloading:
+        if args.checkpointing == "true" or args.activation_offloading:
             self.checkpoint_layers()
 
     def checkpoint_layers(self) -> None:
         """Switch checkpointing on, with the run's arguments for it."""
-        kwargs: dict[str, Any] = dict(self.args.activation_checkpointing_kwargs or {"use_reentrant": False})
+        # transformers 5.21 gave it another name
+        name = "activation" if hasattr(self.model, "activation_checkpointing_enable") else "gradient"
+        kwargs: dict[str, Any] = {"use_reentrant": False} | (getattr(self.args, f"{name}_checkpointing_kwargs") or {})
         own = {"every_n_layers": kwargs.pop("every_n_layers", 1), "offload": kwargs.pop("offload", False)}
         own["offload"] |= self.args.activation_offloading
-        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs, **own)
-        if isinstance(self.model, PeftModel) and kwargs.get("use_reentrant"):
+        enable = getattr(self.model, f"{name}_checkpointing_enable")
+        enable(**{f"{name}_checkpointing_kwargs": kwargs}, **own)
+        if isinstance(self.model, PeftModel) and kwargs["use_reentrant"]:
             self.model.enable_input_require_grads()
         self.checkpointing = True
 
@@ -107,7 +110,7 @@ class MemoryPlan:
                 self.train_tokens = budget // 2
             kind = "scoring" if scoring else "training"
             logger.warning("out of memory: the step is repeated with %s micro-batches of %d tokens.", kind, budget // 2)
-        elif not scoring and not self.checkpointing and self.args.gradient_checkpointing == "auto":
+        elif not scoring and not self.checkpointing and self.args.checkpointing == "auto":
             self.checkpoint_layers()
             logger.warning("out of memory with one pair per micro-batch: the step is repeated with checkpointing.")
         else:

@@ -91,7 +91,7 @@ class MemoryTrialMixin(ScoringMixin):
             torch.cuda.set_per_process_memory_fraction(share, self.args.device)
         cap = longest * self.args.train_batch_size
         found = largest_that_fits(lambda tokens: self.try_micro_batch(rows, tokens), longest, cap)
-        if not found and self.args.gradient_checkpointing == "auto" and not self.memory.checkpointing:
+        if not found and self.args.checkpointing == "auto" and not self.memory.checkpointing:
             self.memory.checkpoint_layers()
             found = largest_that_fits(lambda tokens: self.try_micro_batch(rows, tokens), longest, cap)
         if not found:
@@ -135,7 +135,7 @@ class MemoryTrialMixin(ScoringMixin):
         held = psutil.Process().memory_info().rss + _STATE_FACTOR * self._trained_bytes()
         room = int(_LIMIT_SHARE * limit) - held
         tokens = self._tokens_within(room)
-        if tokens < longest and self.args.gradient_checkpointing == "auto" and not self.memory.checkpointing:
+        if tokens < longest and self.args.checkpointing == "auto" and not self.memory.checkpointing:
             self.memory.checkpoint_layers()
             tokens = self._tokens_within(room)
         if tokens < longest:

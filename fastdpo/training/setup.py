@@ -96,8 +96,11 @@ def check_offloading(args: FastDPOConfig) -> None:
 
 
 def fold_accumulation(args: FastDPOConfig) -> FastDPOConfig:
-    """A copy of `args` whose dataloader batch is the whole optimizer batch: transformers accumulates nothing."""
+    """A copy of `args` whose dataloader batch is the whole optimizer batch: transformers accumulates nothing, and
+    checkpoints no layers."""
     folded = copy.copy(args)
     folded.per_device_train_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
     folded.gradient_accumulation_steps = 1
+    # transformers would switch it on at once; here it belongs to the memory plan
+    folded.checkpointing, folded.gradient_checkpointing = args.gradient_checkpointing, False  # type: ignore[assignment]
     return folded
