@@ -15,12 +15,15 @@ from benchmarks.report import Figure, as_json, machine, print_table
 from benchmarks.settings import Settings
 
 SECTIONS = ("head", "peers", "scaling", "memory", "loss", "accuracy", "roofline")
+#: Sections of the whole training step, minutes each, that run only when they are named.
+LONG_SECTIONS = ("training", "ablation", "profile_step")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks", description="Ratios within one run; nothing is a test.")
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; default all")
+    listed = f"of {', '.join(SECTIONS)} (default: these); {', '.join(LONG_SECTIONS)}"
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=listed)
     parser.add_argument("--threads", type=int, default=2, help="default 2")
     parser.add_argument("--repeats", type=int, default=5, help="best of so many runs, default 5")
     parser.add_argument(
@@ -30,10 +33,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="also cases that take a minute each")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, which only show that everything runs")
     parser.add_argument("--plot", type=Path, help="write the scaling section's figure here")
+    training = parser.add_argument_group("training, ablation and profile_step")
+    training.add_argument("--plans", default="", help="names of plans or stages, separated by commas; default all")
+    training.add_argument("--steps", type=int, default=3, help="optimizer steps of which the first warms up, default 3")
+    training.add_argument("--rounds", type=int, default=1, help="processes per contender, in turns, default 1")
+    training.add_argument(
+        "--outcomes", type=Path, help="keep each contender's outcome in this file, and take what it holds already"
+    )
     parser.add_argument("--output", type=Path, help="write all figures here as JSON")
     options = parser.parse_args(arguments)
-    if unknown := set(options.sections) - set(SECTIONS):
-        parser.error(f"unknown section {', '.join(sorted(unknown))}; choose from {', '.join(SECTIONS)}")
+    if unknown := set(options.sections) - {*SECTIONS, *LONG_SECTIONS}:
+        parser.error(f"unknown section {', '.join(sorted(unknown))}; choose from {', '.join(SECTIONS + LONG_SECTIONS)}")
+    if options.steps < 2 or options.rounds < 1:
+        parser.error(f"--steps {options.steps}, --rounds {options.rounds}: at least 2 and 1; the first step warms up")
     return options
 
 
@@ -48,6 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[Figure]]:
         options.full,
         options.tiny,
         options.plot,
+        tuple(name.strip() for name in options.plans.split(",") if name.strip()),
+        options.steps,
+        options.rounds,
+        options.outcomes,
     )
     print(", ".join(f"{name} {value}" for name, value in machine(options.threads).items()), flush=True)
     warm_up(settings.dtype)

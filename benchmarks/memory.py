@@ -93,12 +93,9 @@ def growth(case: HeadCase, contender: str, dtype: torch.dtype) -> int:
     call = POLICY_HEADS[contender]
     call(cases.head_inputs(HeadCase(16, 32, 64), dtype))  # loads BLAS and its threads
     inputs = _cheap_inputs(case, dtype)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM := VmRSS
-    before = _status("VmRSS")
+    before = reset_peak()
     gradient = call(inputs)
-    peak = _status("VmHWM")
+    peak = status("VmHWM")
     assert gradient.shape == inputs.hidden.shape
     return peak - before
 
@@ -112,7 +109,15 @@ def _cheap_inputs(case: HeadCase, dtype: torch.dtype) -> cases.HeadInputs:
     return cases.HeadInputs(small.hidden, small.ref_hidden, weight, small.targets, small.grad_logps)
 
 
-def _status(name: str) -> int:
+def reset_peak() -> int:
+    """Give back what is free, forget the peak so far, and return the bytes that are resident now."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM := VmRSS
+    return status("VmRSS")
+
+
+def status(name: str) -> int:
     """A size in bytes from /proc/self/status."""
     found = re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
     assert found is not None

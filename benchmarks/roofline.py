@@ -16,30 +16,13 @@ import torch
 from benchmarks.cases import HeadCase
 from benchmarks.report import Figure
 from benchmarks.settings import Settings
+from fastdpo.estimate.devices import GPUS, Device
 from fastdpo.ops import tiles
 
 TITLE = "roofline: a MODEL for 16-bit heads from counted bytes and FLOPs, never measured"
 LAUNCH_US = 5.0
 ITEM = 2  # bytes of weight, hidden and of the GEMM's operands
 CASES = (HeadCase(4096, 896, 151936), HeadCase(4096, 4096, 128256))
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Vendor's figures: dense 16-bit tensor FLOPs with float32 accumulation, memory bandwidth, L2."""
-
-    name: str
-    teraflops: float
-    gigabytes_per_second: float
-    l2_mib: float
-
-
-GPUS = (
-    Gpu("RTX 3060 12 GB", 25.5, 360, 3),
-    Gpu("RTX 4090", 165.2, 1008, 72),
-    Gpu("A100 80 GB SXM", 312, 2039, 40),
-    Gpu("H100 SXM", 989, 3350, 50),
-)
 
 
 @dataclass(frozen=True)
@@ -66,7 +49,7 @@ def count(case: HeadCase, plan: tiles.TilePlan) -> Counted:
     return Counted(((gemm, logits), (gemm, product), (gemm, logits)), fold_policy + fold_reference + finish, launches)
 
 
-def plan_for(gpu: Gpu, case: HeadCase) -> tiles.TilePlan:
+def plan_for(gpu: Device, case: HeadCase) -> tiles.TilePlan:
     """What the planner would choose there."""
     with mock.patch.object(tiles, "_cache_bytes", return_value=int(gpu.l2_mib * 2**20)):
         return tiles.plan_tiles(case.rows, case.vocab, case.hidden, torch.device("cuda"))
@@ -86,7 +69,7 @@ def run(settings: Settings) -> list[Figure]:
             figures.append(
                 Figure(
                     f"{case.name} (model)",
-                    gpu.name,
+                    gpu.label,
                     gemms + other,
                     "ms",
                     "GEMM FLOPs at peak",

@@ -21,6 +21,10 @@ class Settings:
     full: bool = False
     tiny: bool = False
     plot: Path | None = None
+    plans: tuple[str, ...] = ()
+    steps: int = 3
+    rounds: int = 1
+    outcomes: Path | None = None
 
     def target(self, target: Target | None) -> Target | None:
         """Targets hold for float32 and real shapes."""

@@ -1,4 +1,4 @@
-"""The command `fastdpo`: train, demo, info.
+"""The command `fastdpo`: train, demo, estimate, info.
 
 Exit codes: 0 done; 1 the run failed (a non-finite loss); 2 an option, file or model cannot be used; 128 + n stopped by
 signal n after saving a checkpoint.
@@ -20,9 +20,10 @@ _HELP = """usage: fastdpo COMMAND [options]
 Preference optimisation on one GPU: exact β-DPO under a memory-frugal QLoRA trainer.
 
 commands:
-  demo    align a small chat model on this machine and show what changed
-  train   align your own model on your own pairs
-  info    versions, devices, and which backends can run here
+  demo      align a small chat model on this machine and show what changed
+  train     align your own model on your own pairs
+  estimate  predict the memory and time of a training run, without weights or a GPU
+  info      versions, devices, and which backends can run here
 
 fastdpo COMMAND --help lists a command's options; fastdpo --version prints the version.
 """
@@ -47,6 +48,12 @@ def _demo(argv: list[str]) -> int:
     return main(argv)
 
 
+def _estimate(argv: list[str]) -> int:
+    from fastdpo.estimate.command import main
+
+    return main(argv)
+
+
 def _info(argv: list[str]) -> int:
     if argv:
         print(
@@ -59,7 +66,12 @@ def _info(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": _train, "demo": _demo, "info": _info}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "demo": _demo,
+    "estimate": _estimate,
+    "info": _info,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

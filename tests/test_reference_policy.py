@@ -8,8 +8,16 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from bitsandbytes.nn import Linear4bit
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
+from test_quantized import NF4
+from torch.testing._internal.two_tensor import TwoTensor
+from transformers import AutoModelForCausalLM
 
+from fastdpo.training import fingerprint
+from fastdpo.training.model import keep_quantized_layers_trainable
 from fastdpo.training.reference_policy import ReferencePolicy
 
 IDS = torch.arange(1, 13)[None]
@@ -160,3 +168,110 @@ def test_evaluation_does_not_depend_on_the_evaluation_batch(tmp_path: Path) -> N
         )
         figures.append({k: v for k, v in trainer.evaluate().items() if k == "eval_loss" or "/" in k})
     assert figures[0] == pytest.approx(figures[1], rel=1e-5, abs=1e-5)
+
+
+def same_bytes_but_one(tensor: torch.Tensor, at: float) -> None:
+    """Flip the lowest bit of one byte of `tensor`, at this share of its length."""
+    values = tensor.detach().view(-1).view(torch.uint8)
+    values[min(int(at * len(values)), len(values) - 1)] ^= 1
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_fingerprint_is_of_the_start_and_not_of_training(name: str) -> None:
+    """As after steps, in a reference pass, and as a resumed run that builds the start again has it."""
+    make, _ = STARTS[name]
+    model = make()
+    reference = ReferencePolicy(model)
+    first = reference.fingerprint()
+    move_weights(model)
+    with reference.active():
+        assert reference.fingerprint() == first
+    assert reference.fingerprint() == first == ReferencePolicy(make()).fingerprint()
+
+
+def test_fingerprint_is_the_same_however_the_same_reference_is_come_by() -> None:
+    """The base model under any fresh LoRA, trained in full, or as a separate model."""
+    found = [
+        ReferencePolicy(adapted()),
+        ReferencePolicy(adapted(r=8, target_modules=["q_proj"])),
+        ReferencePolicy(full_model()),
+        ReferencePolicy(adapted(), ref_model=full_model()),
+        ReferencePolicy(adapted(init_lora_weights=False), ref_model=full_model()),
+    ]
+    assert len({reference.fingerprint() for reference in found}) == 1
+    others = [
+        ReferencePolicy(adapted(init_lora_weights=False)),
+        ReferencePolicy(full_model(), ref_model=tiny.llama(seed=1)),
+        ReferencePolicy(tiny.llama().bfloat16()),
+    ]
+    assert len({reference.fingerprint() for reference in [*others, found[0]]}) == 4
+
+
+@given(st.data())
+@settings(max_examples=20, deadline=None)
+def test_fingerprint_sees_every_byte(data: st.DataObject) -> None:
+    """One bit anywhere: weights, norms, a trained adapter; also where tensors are read in many chunks."""
+    with pytest.MonkeyPatch.context() as patch:
+        whole = ReferencePolicy(adapted(init_lora_weights=False)).fingerprint()
+        patch.setattr(fingerprint, "_CHUNK_BYTES", 1000)
+        model = adapted(init_lora_weights=False)
+        assert ReferencePolicy(model).fingerprint() == whole
+        state = model.state_dict()
+        name = data.draw(st.sampled_from(sorted(state)))
+        same_bytes_but_one(state[name], data.draw(st.floats(0, 1)))
+        assert ReferencePolicy(model).fingerprint() != whole
+
+
+def test_fingerprint_sees_every_part_of_a_quantised_weight(tmp_path: Path) -> None:
+    """Packed values, statistics and their own statistics, code books, the offset; and a pass changes none of them."""
+    tiny.llama(hidden_size=64).save_pretrained(tmp_path)
+
+    def load() -> PeftModel:
+        base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=NF4)
+        keep_quantized_layers_trainable(base)  # as the trainer does; a pass would repack the weights
+        return get_peft_model(base, tiny.lora())
+
+    model = load()
+    before = ReferencePolicy(model).fingerprint()
+    logits(model)
+    assert ReferencePolicy(model).fingerprint() == ReferencePolicy(load()).fingerprint() == before
+
+    layer = next(module for module in reversed(list(model.modules())) if isinstance(module, Linear4bit))
+    state = layer.weight.quant_state
+    parts = [layer.weight.data, state.absmax, state.code, state.state2.absmax, state.state2.code]
+    for part in parts:
+        same_bytes_but_one(part, 0.5)
+        assert ReferencePolicy(model).fingerprint() != before
+        same_bytes_but_one(part, 0.5)
+    assert ReferencePolicy(model).fingerprint() == before
+    state.offset = state.offset + 0.25
+    assert ReferencePolicy(model).fingerprint() != before
+
+
+def test_fingerprint_sees_buffers_and_both_halves_of_a_wrapper_tensor() -> None:
+    """As some quantisers keep their weights: one tensor to the outside, several within."""
+
+    def found(first: float = 1.0, second: float = 2.0, scale: float = 3.0) -> str:
+        model = torch.nn.Module()
+        pair = TwoTensor(torch.full((4, 4), first), torch.full((4, 4), second))
+        model.weight = torch.nn.Parameter(pair, requires_grad=False)
+        model.register_buffer("scale", torch.tensor(scale))
+        model.register_buffer("derived", torch.rand(3), persistent=False)
+        return ReferencePolicy(model).fingerprint()
+
+    assert found() == found()
+    assert len({found(), found(first=5.0), found(second=5.0), found(scale=5.0)}) == 4
+
+
+def test_tied_weights_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    plain = fingerprint._tensor_digest
+
+    def counted(tensor: torch.Tensor) -> bytes:
+        read.append(tensor.numel())
+        return plain(tensor)
+
+    monkeypatch.setattr(fingerprint, "_tensor_digest", counted)
+    model = tiny.llama(tie_word_embeddings=True)
+    ReferencePolicy(model)
+    assert sum(read) == sum(parameter.numel() for parameter in model.parameters())

@@ -15,11 +15,13 @@ import pytest
 import tiny
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 from worker import state
 
 from fastdpo.training.callbacks import TrainingInterrupted
 from fastdpo.training.checkpoint import MANIFEST, CheckpointError, checkpoints, recover, resolve_resume, staging_folder
+from fastdpo.training.reference_cache import REFERENCE_CACHE_FILE
 
 WORKER = Path(__file__).with_name("worker.py")
 #: 24 pairs, 8 per step: three steps an epoch, so step 10 lies inside one. The default AdamW keeps moments.
@@ -67,6 +69,30 @@ def test_resume_after_a_kill_is_bitwise_equal(killed: Path, tmp_path: Path) -> N
         for trainer in (straight, resumed)
     ]
     assert figures[0] == figures[1]
+
+
+@pytest.mark.parametrize("reference", ["lazy", "precompute"])
+@pytest.mark.parametrize("step", [2, 4])
+def test_resume_with_a_reference_cache_is_bitwise_equal(step: int, reference: str, tmp_path: Path) -> None:
+    """Killed in the step after checkpoint 2, in the first epoch, where a lazy cache holds 16 of 24 pairs; and after
+    checkpoint 4, in the second, where it is full."""
+    options = OPTIONS | {"max_steps": 6, "save_steps": 2, "reference": reference, "micro_batch_tokens": "90"}
+    folder = tmp_path / "killed"
+    done = work(folder, event="kill", at=step + 1, options=options)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert resolve_resume(folder, True) == str(folder / f"checkpoint-{step}")
+    kept = load_file(folder / REFERENCE_CACHE_FILE)["logps"]
+    assert len(kept) == (16 if (step, reference) == (2, "lazy") else 24)
+    straight = tiny.trainer(tmp_path / "straight", data=tiny.pairs(24), **options)
+    straight.train()
+    resumed = tiny.trainer(folder, data=tiny.pairs(24), **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.reference_cache.computed == 24 - len(kept)
+    expected, found = state(straight), state(resumed)
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), name
+    names = [trainer.reference_file for trainer in (straight, resumed)]
+    assert names[0].read_bytes() == names[1].read_bytes()
 
 
 def test_continued_adapter_resumes_against_the_reference_it_started_with(tmp_path: Path) -> None:

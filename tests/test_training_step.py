@@ -134,6 +134,16 @@ CUTS = {
     "dynamic": {"dynamic_beta": True, "keep_ratio": 0.7},
     "weighted": {"use_weighting": True, "ld_alpha": 0.5, "loss_type": ["sigmoid", "sft"], "learning_rate": 5.0},
 }
+#: One row per completion, and the reference in every step.
+PLAINEST = {"prefix_sharing": "off", "packing": "off", "reference": "online"}
+#: Ways to compute the same update.
+PARTITIONS: list[dict[str, str]] = [
+    {"micro_batch_tokens": "1"},
+    {"micro_batch_tokens": "90"},
+    {"micro_batch_tokens": "90", "packing": "off", "reference": "precompute"},
+    {"micro_batch_tokens": "90", "prefix_sharing": "off", "gradient_checkpointing": "true"},
+    {"micro_batch_tokens": "90"} | PLAINEST,
+]
 
 
 def run(folder: Path, pairs: int = 24, **options: Any) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
@@ -159,27 +169,32 @@ def assert_same_run(one: Any, other: Any) -> None:
 
 @pytest.mark.parametrize("name", CUTS)
 def test_update_does_not_depend_on_the_cut(name: str, tmp_path: Path) -> None:
-    """22 pairs in batches of 8: the last batch is short."""
+    """22 pairs in batches of 8: the last batch is short. Nor on the layout, nor on when the reference is computed."""
     options = {"optim": "sgd", "learning_rate": 0.05, "num_train_epochs": 1} | CUTS[name]
-    whole = run(tmp_path / "all", pairs=22, micro_batch_tokens="100000", **options)
+    whole = run(tmp_path / "all", pairs=22, micro_batch_tokens="100000", **PLAINEST, **options)
     start = run(tmp_path / "start", pairs=22, **(options | {"learning_rate": 1e-12}))
     assert max(float((whole[0][k] - start[0][k]).abs().max()) for k in whole[0] if "lora" in k) > 5e-3
-    for budget in ("1", "90"):
-        assert_same_run(whole, run(tmp_path / budget, pairs=22, micro_batch_tokens=budget, **options))
+    for i, cut in enumerate(PARTITIONS):
+        assert_same_run(whole, run(tmp_path / str(i), pairs=22, **cut, **options))
     halves = options | {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     assert_same_run(whole, run(tmp_path / "accumulated", pairs=22, **halves))
 
 
 def test_update_does_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:
     """Two gloo ranks, 22 pairs in global batches of 8: the last batch has wrapped duplicates, and micro-batches of one
-    pair next to a whole-batch run in one process."""
-    options = {"optim": "sgd", "learning_rate": 0.05, "num_train_epochs": 1}
+    pair next to a whole-batch run in one process. In the second epoch the ranks see each other's pairs, whose reference
+    is known from the first or from ahead of training; the single process computes it in every step."""
+    options = {"optim": "sgd", "learning_rate": 0.05, "num_train_epochs": 2}
+    modes = {"plain": {"reference": "lazy"}, "dynamic": {"reference": "precompute", "packing": "off"}}
     jobs = [
         {
             "folder": str(tmp_path / name),
             "pairs": 22,
             "eval_pairs": 10,
-            "options": CUTS[name] | options | {"per_device_train_batch_size": 4, "micro_batch_tokens": "90"},
+            "options": CUTS[name]
+            | options
+            | modes[name]
+            | {"per_device_train_batch_size": 4, "micro_batch_tokens": "90"},
             "result": str(tmp_path / f"{name}.pt"),
         }
         for name in ("plain", "dynamic")
@@ -203,6 +218,7 @@ def test_update_does_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:
             eval_dataset=tiny.pairs(10, seed=9),
             **CUTS[name],
             **options,
+            **PLAINEST,
         )
         alone.train()
         single = state(alone), list(alone.state.log_history)

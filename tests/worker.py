@@ -1,7 +1,7 @@
 """One training run in its own process, for tests that kill it, signal it or start two ranks of it.
 
 python worker.py '{"folder": ..., "options": {FastDPOConfig}, "event": ..., "at": step, "pairs": n, "eval_pairs": n,
-                   "resume": ..., "result": path}'
+                   "resume": ..., "result": path, "oom": {"rank": r, "above": tokens}}'
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import tiny
 import torch
+import torch.distributed as dist
 from peft import get_peft_model_state_dict
 from transformers import TrainerCallback
 
@@ -44,6 +46,19 @@ def state(trainer: Any) -> dict[str, torch.Tensor]:
     return found
 
 
+def injected(trainer: Any, fails: Callable[..., bool]) -> Any:
+    """`trainer`, whose forward of a micro-batch runs out of memory where `fails(trainer, model, micro)` says so."""
+    forward = trainer.forward_tokens
+
+    def limited(model: Any, micro: Any, **options: Any) -> Any:
+        if fails(trainer, model, micro):
+            raise torch.OutOfMemoryError("injected")
+        return forward(model, micro, **options)
+
+    trainer.forward_tokens = limited
+    return trainer
+
+
 def main(job: dict[str, Any]) -> None:
     """Train as `job` says; rank 0 writes the final state and the log to `result`."""
     torch.set_num_threads(1)
@@ -51,11 +66,25 @@ def main(job: dict[str, Any]) -> None:
     if "eval_pairs" in job:
         job["options"]["eval_dataset"] = tiny.pairs(job["eval_pairs"], seed=9)
     trainer = tiny.trainer(job["folder"], data=tiny.pairs(job.get("pairs", 24)), callbacks=callbacks, **job["options"])
+    failures = 0
+
+    def fails(trainer: Any, model: Any, micro: Any) -> bool:
+        nonlocal failures
+        failed = trainer.args.process_index == job["oom"]["rank"] and micro.input_ids.numel() > job["oom"]["above"]
+        failures += failed
+        return bool(failed)
+
+    if "oom" in job:
+        injected(trainer, fails)
     trainer.train(resume_from_checkpoint=job.get("resume"))
     log = list(trainer.state.log_history)
     metrics = trainer.evaluate() if "eval_pairs" in job else {}
+    of_ranks = [failures]
+    if dist.is_initialized():
+        of_ranks = [0] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, failures)
     if trainer.is_world_process_zero() and job.get("result"):
-        torch.save({"state": state(trainer), "log": log, "metrics": metrics}, job["result"])
+        torch.save({"state": state(trainer), "log": log, "metrics": metrics, "failures": of_ranks}, job["result"])
 
 
 if __name__ == "__main__":

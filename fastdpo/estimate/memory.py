@@ -1,0 +1,248 @@
+"""Peak memory of a training run, part by part, and the largest micro-batch or pair that a given memory holds.
+
+    peak = runtime + weights + quantisation constants + adapters + reference copy + gradients + optimizer
+           + activations + head + workspace + allocator                                       (a training micro-batch)
+or, where that is more, the same with a scoring micro-batch in the place of the last line. On a CPU the loading of the
+model may take more than either.
+
+Weights, adapters and activations are counted (`fastdpo.estimate.activations`). What cannot be counted without the
+device is assumed, in the constants below, and says so in its note.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import psutil
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from fastdpo.estimate.activations import ActivationModel, ConfigCounter, Live, PairShape, Row, Training, head_workspace
+from fastdpo.estimate.skeleton import Skeleton, quantization_constants, resident_bytes
+from fastdpo.training.memory_plan import SCORING_BUDGET_FACTOR
+
+MIB = 2**20
+#: A CUDA context with the kernels of torch and bitsandbytes, and cuBLAS' workspace. Assumed, never measured.
+GPU_RUNTIME = 600 * MIB
+#: Share of what comes and goes that the caching allocator loses to fragments. Assumed, never measured.
+GPU_FRAGMENTS = 0.1
+#: Largest budgets and lengths are found to this many tokens; the shortest pair that is tried.
+TOKEN_STEP, MIN_PAIR = 8, 16
+#: Rounds in which the lines are drawn anew near the pair that was found.
+REFINEMENTS = 3
+#: bitsandbytes' 8-bit optimizers: smaller parameters keep float32 states; one float32 constant per block and state.
+MIN_8BIT_SIZE, OPTIMIZER_BLOCK = 4096, 256
+
+
+@dataclass(frozen=True)
+class Part:
+    """A share of the memory, in bytes."""
+
+    name: str
+    bytes: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a run takes beside its tensors.
+
+    runtime: bytes of the process, or of the GPU's context, before a model is loaded.
+    runtime_note: where that figure comes from.
+    mapped_file: bytes of weight files that stay mapped into the process.
+    allocator_share: bytes that the allocator holds per byte of what comes and goes.
+    """
+
+    runtime: int
+    runtime_note: str
+    mapped_file: int = 0
+    allocator_share: float = 0.0
+    allocator_note: str = ""
+
+    @classmethod
+    def of_gpu(cls) -> Surroundings:
+        return cls(
+            GPU_RUNTIME, "assumed", allocator_share=GPU_FRAGMENTS, allocator_note=f"{GPU_FRAGMENTS:.0%}, assumed"
+        )
+
+    @classmethod
+    def of_cpu(cls, mapped_file: int) -> Surroundings:
+        """This process, as it is now."""
+        # What training imports beside the estimate
+        import bitsandbytes  # noqa: F401
+
+        import fastdpo.training.trainer  # noqa: F401
+
+        return cls(psutil.Process().memory_info().rss, "this process now", mapped_file)
+
+
+@dataclass(frozen=True)
+class Run:
+    """How much of what is trained at once.
+
+    shape: the longest pair. pairs_per_step: the batch. micro_batch_tokens: the budget; a longer pair goes alone.
+    offload: layer inputs, kept by checkpointing, go to the host. optimizer_8bit: paged 8-bit AdamW, else torch's.
+    """
+
+    shape: PairShape
+    pairs_per_step: int
+    micro_batch_tokens: int
+    offload: bool = False
+    optimizer_8bit: bool = False
+
+    def row(self) -> Row:
+        """The largest micro-batch of a training pass."""
+        return self._row(self.micro_batch_tokens)
+
+    def scoring_row(self) -> Row:
+        """The largest micro-batch of a scoring pass."""
+        return self._row(SCORING_BUDGET_FACTOR * self.micro_batch_tokens)
+
+    def _row(self, budget: int) -> Row:
+        batch = self.pairs_per_step * self.shape.tokens
+        return Row(max(self.shape.tokens, min(budget, batch)), self.shape)
+
+
+class MemoryEstimator:
+    """Predicts a configuration's memory.
+
+    Args:
+        config: of the model. training: its quantisation, LoRA, dtypes and checkpointing.
+        surroundings: what is there beside the tensors.
+    """
+
+    def __init__(self, config: PretrainedConfig, training: Training, surroundings: Surroundings) -> None:
+        self.config, self.training, self.surroundings = config, training, surroundings
+        self.skeleton = Skeleton(config, training.options, training.dtype)
+        self.counter = ConfigCounter(config, training)
+        self._resident: dict[bool, list[Part]] = {}
+
+    def resident(self, optimizer_8bit: bool) -> list[Part]:
+        """What is there at every moment of training."""
+        if optimizer_8bit not in self._resident:
+            self._resident[optimizer_8bit] = self._count_resident(optimizer_8bit)
+        return self._resident[optimizer_8bit]
+
+    def _count_resident(self, optimizer_8bit: bool) -> list[Part]:
+        parameters = list(self.skeleton.model.parameters())
+        trained = [p for p in parameters if p.requires_grad]
+        size = resident_bytes(iter(trained))
+        options = self.training.options
+        copied = size if not options.use_lora or options.lora_modules_to_save or options.use_dora else 0
+        kind = "paged 8-bit AdamW" if optimizer_8bit else "AdamW"
+        return [
+            Part("runtime", self.surroundings.runtime, self.surroundings.runtime_note),
+            Part("mapped weight file", self.surroundings.mapped_file, "pages that the system can take back"),
+            Part("weights", resident_bytes(p for p in parameters if not p.requires_grad), "frozen"),
+            Part("quantisation constants", resident_bytes(quantization_constants(self.skeleton.model))),
+            Part("adapters" if options.use_lora else "trained weights", size, f"{_count(trained):,} parameters"),
+            Part("reference copy", copied, "the trained weights at the start"),
+            Part("gradients", size),
+            Part("optimizer", sum(_state_bytes(p, optimizer_8bit) for p in trained), kind),
+        ]
+
+    def parts(self, run: Run, lines: ActivationModel | None = None) -> list[Part]:
+        """All parts; their sum is the predicted peak. Activations are counted for the run, or read off `lines`."""
+        row, scoring_row = run.row(), run.scoring_row()
+        if lines is None:
+            live, scoring = self.counter.count(row), self.counter.count(scoring_row).scoring_peak
+        else:
+            live, scoring = lines.at(row.tokens), lines.scoring_peak.at(scoring_row.tokens)
+        live = self._offloaded(live, row, run)
+        head = self.skeleton.head
+        hidden = torch.empty(row.scored, head.weight.shape[1], device="meta")
+        tile = head_workspace(hidden, head.weight, None)
+        unit = hidden.numel() * self.training.dtype.itemsize if not head.weight.requires_grad else 0
+        workspace = max(0, live.peak - live.kept - tile)
+        above = f"{scoring_row.tokens:,} tokens; what it takes above these"
+        moving = [
+            Part("activations", live.kept - unit, f"{row.tokens:,} tokens in a micro-batch"),
+            Part("head", unit + tile, f"{row.scored:,} scored rows: their gradients, and one tile of logits"),
+            Part("workspace of the backward", workspace, "dequantised weights, gradients of activations"),
+            Part("scoring pass", max(0, scoring - live.kept - tile - workspace), above),
+        ]
+        lost = sum(part.bytes for part in moving) * self.surroundings.allocator_share
+        moving.append(Part("allocator", round(lost), self.surroundings.allocator_note))
+        return [part for part in [*self.resident(run.optimizer_8bit), *moving] if part.bytes]
+
+    def total(self, run: Run, lines: ActivationModel | None = None) -> int:
+        """The predicted peak in bytes."""
+        return sum(part.bytes for part in self.parts(run, lines))
+
+    def largest_budget(self, run: Run, memory: int) -> int:
+        """The most `micro_batch_tokens` with which `run` fits into `memory` bytes; 0 if not even its longest pair does.
+
+        More than a batch holds is not asked for.
+        """
+        batch = run.pairs_per_step * run.shape.tokens
+        lines = self.counter.lines(run.shape)
+        tokens = self._largest(
+            lambda size: replace(run, micro_batch_tokens=size), lines, run.shape.tokens, batch, memory
+        )
+        return self._confirmed(lambda size: replace(run, micro_batch_tokens=size), tokens, run.shape.tokens, memory)
+
+    def largest_pair(self, run: Run, memory: int) -> PairShape | None:
+        """The longest pair of the same proportions that fits alone, or None.
+
+        Never longer than the model's positions.
+        """
+
+        def alone(tokens: int) -> Run:
+            return replace(run, shape=run.shape.scaled(tokens), micro_batch_tokens=1)
+
+        positions = self.config.get_text_config().max_position_embeddings
+        most = run.shape.tokens * positions // (run.shape.prompt + run.shape.completion)
+        shape, tokens = run.shape, 0
+        for _ in range(REFINEMENTS):  # on a CPU the bytes per token grow with the pair
+            tokens = self._largest(alone, self.counter.lines(shape), MIN_PAIR, most, memory)
+            if not tokens or abs(tokens - shape.tokens) <= TOKEN_STEP:
+                break
+            shape = run.shape.scaled(tokens)
+        tokens = self._confirmed(alone, tokens, MIN_PAIR, memory)
+        return run.shape.scaled(tokens) if tokens else None
+
+    def _largest(self, run_of: Callable[[int], Run], lines: ActivationModel, least: int, most: int, memory: int) -> int:
+        """The largest size in [least, most] whose run fits into `memory` by `lines`, to TOKEN_STEP; 0 if none does."""
+        if self.total(run_of(least), lines) > memory:
+            return 0
+        if self.total(run_of(most), lines) <= memory:
+            return most
+        fits, fails = least, most
+        while fails - fits > TOKEN_STEP:
+            middle = (fits + fails) // 2
+            if self.total(run_of(middle), lines) <= memory:
+                fits = middle
+            else:
+                fails = middle
+        return fits
+
+    def _confirmed(self, run_of: Callable[[int], Run], size: int, least: int, memory: int) -> int:
+        """`size`, or what less of it fits by a count of its own."""
+        while size and (over := self.total(run_of(size)) - memory) > 0:
+            smaller = size - max(TOKEN_STEP, int(size * over / memory))
+            size = 0 if size == least else max(smaller, least)
+        return size
+
+    def _offloaded(self, live: Live, row: Row, run: Run) -> Live:
+        """`live` with the inputs of all layers but the one at work on the host."""
+        if not run.offload:
+            return live
+        text = self.config.get_text_config()
+        moved = (text.num_hidden_layers - 1) * row.tokens * text.hidden_size * self.training.dtype.itemsize
+        return Live(live.kept - moved, live.peak - moved, live.scoring_peak)
+
+
+def _count(parameters: list[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def _state_bytes(parameter: nn.Parameter, in_8_bit: bool) -> int:
+    """AdamW's two states of a parameter."""
+    count = parameter.numel()
+    if not in_8_bit:
+        return 2 * count * parameter.element_size()
+    if count < MIN_8BIT_SIZE:
+        return 2 * 4 * count
+    return 2 * (count + 4 * -(-count // OPTIMIZER_BLOCK))

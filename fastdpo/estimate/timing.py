@@ -1,0 +1,178 @@
+"""Where the time of a step goes: FLOPs and bytes of every operator, counted on fake tensors, at a device's peak rates.
+
+An operator takes the longer of its FLOPs at the GEMM rate and its bytes, each input read and each output written once,
+at the memory's bandwidth; operators follow one another. This is a lower bound and a MODEL: launches, caches and the
+rates that real kernels reach are not in it. Its shares say what a step is bound by.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastdpo.estimate.activations import SHALLOW, ConfigCounter, Row, micro_batch
+from fastdpo.estimate.devices import Device
+from fastdpo.ops.tiles import MAX_ROWS
+
+#: The order of the report.
+KINDS = ("frozen GEMMs", "dequantisation", "LoRA", "attention", "norms, activations, copies", "head", "optimizer")
+_ATEN = torch.ops.aten
+_GEMMS = {_ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default, _ATEN.baddbmm.default}
+#: Bytes per parameter that AdamW reads and writes beside its states: the parameter twice, its gradient once.
+_OPTIMIZER_BYTES = 12
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs and bytes of one operator, by kind of work."""
+
+    kind: str
+    flops: float
+    bytes: float
+
+    def seconds(self, device: Device) -> float:
+        """At the device's peak rates."""
+        return max(self.flops / (device.teraflops * 1e12), self.bytes / (device.gigabytes_per_second * 1e9))
+
+
+class OperatorTimes(TorchDispatchMode):
+    """Sums seconds and FLOPs of all operators, by kind.
+
+    visible: pairs of a query and a key in a row; what attention over variable lengths computes.
+    rank: of the LoRA, which tells its products from others.
+    """
+
+    def __init__(self, device: Device, visible: int, rank: int | None) -> None:
+        super().__init__()
+        self.device, self.visible, self.rank = device, visible, rank
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.flops: dict[str, float] = defaultdict(float)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not _only_looks(func, args, result):
+            for work in self._work(func, args, kwargs or {}, result):
+                self.seconds[work.kind] += work.seconds(self.device)
+                self.flops[work.kind] += work.flops
+        return result
+
+    def _work(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> list[Work]:
+        moved = _bytes((args, kwargs, result))
+        name = str(func)
+        if name == "bitsandbytes.gemm_4bit.default":
+            a, shape = args[0], args[2]
+            count = math.prod(shape)
+            dense = count * a.element_size()
+            gemm = Work("frozen GEMMs", 2 * count * (a.numel() // a.shape[-1]), _bytes((a, result)) + dense)
+            return [gemm, Work("dequantisation", 0, _bytes((args[1:], kwargs)) + dense)]
+        if name.startswith("bitsandbytes."):
+            return [Work("dequantisation", 0, moved)]
+        if name == "fastdpo.linear_logprob.default":
+            hidden, weight, unit = args[0], args[1], args[9]
+            products = 2 if unit else 1
+            tile = hidden.shape[0] * weight.shape[0]
+            weights = products * weight.numel() * weight.element_size() * -(-hidden.shape[0] // MAX_ROWS)
+            return [Work("head", products * 2 * tile * hidden.shape[1], products * 8 * tile + weights)]
+        if name.startswith("fastdpo."):
+            return [Work("head", 0, moved)]
+        if "attn" in name or "attention" in name:
+            return [Work("attention", self._attention_flops(name, args), moved)]
+        if func in _GEMMS:
+            first, second = args[-2:]
+            flops = 2 * first.numel() * second.shape[-1]
+            kind = "LoRA" if self.rank in (*first.shape, *second.shape) else "frozen GEMMs"
+            return [Work(kind, flops, moved)]
+        return [Work("norms, activations, copies", 0, moved)]
+
+    def _attention_flops(self, name: str, args: Any) -> float:
+        """Two products forward, five backward, over what a query sees."""
+        products = 5 if "backward" in name else 2
+        query, key = [x for x in args if isinstance(x, Tensor)][1 if "backward" in name else 0 :][:2]
+        if query.dim() == 3:  # (tokens, heads, D), of variable length
+            return products * 2 * query.shape[1] * query.shape[2] * self.visible
+        *batch, queries, depth = query.shape
+        seen = queries * key.shape[-2] - queries * (queries - 1) / 2
+        return products * 2 * math.prod(batch) * depth * seen
+
+
+def _only_looks(func: Any, args: Any, result: Any) -> bool:
+    """Whether an operator moves nothing: a view, or a question about a tensor."""
+    outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+    if not outputs:
+        return not func._schema.is_mutable
+    if func._schema.is_mutable:
+        return False
+    storages = {id(x.untyped_storage()) for x in tree_leaves(args) if isinstance(x, Tensor)}
+    return all(id(x.untyped_storage()) in storages for x in outputs)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(x.numel() * x.element_size() for x in tree_leaves(tree) if isinstance(x, Tensor))
+
+
+@dataclass(frozen=True)
+class PassTimes:
+    """Seconds and FLOPs by kind of one micro-batch."""
+
+    seconds: dict[str, float]
+    flops: dict[str, float]
+
+
+def time_micro_batch(counter: ConfigCounter, row: Row, device: Device, *, training: bool) -> PassTimes:
+    """A micro-batch of a training pass, forward and backward, or of a scoring pass."""
+    options = counter.training.options
+    found = []
+    visible = sum(item.queries * item.prefix + item.queries * (item.queries + 1) // 2 for item in row.segments().items)
+    for skeleton in counter.skeletons:
+        times = OperatorTimes(device, visible, options.lora_r if options.use_lora else None)
+        with micro_batch(skeleton.model, row, **counter.options(skeleton)) as forward, times:
+            if training:
+                forward().sum().backward()
+            else:
+                with torch.no_grad():
+                    forward()
+        found.append(PassTimes(times.seconds, times.flops))
+    if len(found) == 1:
+        return found[0]
+    steps = counter.layers - SHALLOW[1]
+    return PassTimes(
+        _extrapolated(found[0].seconds, found[1].seconds, steps), _extrapolated(found[0].flops, found[1].flops, steps)
+    )
+
+
+def _extrapolated(first: dict[str, float], second: dict[str, float], steps: int) -> dict[str, float]:
+    return {kind: value + steps * (value - first[kind]) for kind, value in second.items()}
+
+
+def optimizer_seconds(parameter_bytes: int, state_bytes: int, device: Device) -> float:
+    """AdamW's traffic: parameters, gradients and states read, parameters and states written."""
+    parameters = parameter_bytes / 4
+    return (_OPTIMIZER_BYTES * parameters + 2 * state_bytes) / (device.gigabytes_per_second * 1e9)
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds of an optimizer step over a batch: one scoring pass over it, and one training pass, each by kind."""
+
+    scoring: dict[str, float]
+    training: dict[str, float]
+
+    @classmethod
+    def of(cls, make: Callable[[Row, bool], PassTimes], row: Row, scoring_row: Row, batch_tokens: int) -> StepTimes:
+        """Micro-batches as often as the batch's tokens fill them."""
+        return cls(
+            _scaled(make(scoring_row, False).seconds, batch_tokens / scoring_row.tokens),
+            _scaled(make(row, True).seconds, batch_tokens / row.tokens),
+        )
+
+
+def _scaled(seconds: dict[str, float], factor: float) -> dict[str, float]:
+    return {kind: seconds[kind] * factor for kind in KINDS if seconds.get(kind)}

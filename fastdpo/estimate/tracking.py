@@ -1,0 +1,83 @@
+"""Counts the bytes that tensors occupy while code runs: real tensors or fake ones, forward and backward.
+
+Every operator's outputs pass through a dispatch mode. A storage counts from its first appearance until it is freed; one
+that an operator is given before any operator made it (a parameter, an input), or whose first appearance is a view (of a
+parameter that a fake mode has just given a fake storage), belongs to the caller and does not count.
+What an operator takes and frees within itself is invisible here, so operators with a large workspace are named below.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+#: Operator → bytes that it takes within itself, from its arguments.
+Workspaces = Mapping[Any, Callable[..., int]]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that operators made since the mode was entered and that are still alive.
+
+    Attributes:
+        live: at this moment.
+        peak: the most so far, operators' workspaces included.
+    """
+
+    def __init__(self, workspaces: Workspaces | None = None) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._workspaces = workspaces or {}
+        self._sizes: dict[int, int] = {}  # id of a storage → its bytes, 0 for the caller's own
+        self._references: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                self._see(tensor, own=False)
+        result = func(*args, **(kwargs or {}))
+        makes = not any(each.alias_info for each in func._schema.returns)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._see(tensor, own=makes)
+        workspace = self._workspaces.get(func)
+        self.peak = max(self.peak, self.live + (workspace(*args, **(kwargs or {})) if workspace else 0))
+        return result
+
+    def _see(self, tensor: Tensor, own: bool) -> None:
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key in self._references:
+            return
+        self._sizes[key] = storage.nbytes() if own else 0
+        self._references[key] = weakref.ref(storage, lambda _: self._free(key))
+        self.live += self._sizes[key]
+
+    def _free(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+        del self._references[key]
+
+
+def gemm_4bit_workspace(a: Tensor, b: Tensor, shape: Any, absmax: Tensor, blocksize: int, *_: Any, **named: Any) -> int:
+    """bitsandbytes' forward through a 4-bit layer: the weight in `a`'s dtype, and its float32 constants.
+
+    On a CPU always; on a GPU for more rows than its fused kernel takes, so an upper bound there.
+    """
+    count = math.prod(shape)
+    constants = 4 * -(-count // blocksize)
+    nested = named.get("absmax_8bit") is not None
+    return count * a.element_size() + (2 * constants if nested else 0)
+
+
+def workspaces() -> Workspaces:
+    """The operators of 4-bit layers, where bitsandbytes is installed."""
+    try:
+        return {torch.ops.bitsandbytes.gemm_4bit.default: gemm_4bit_workspace}
+    except AttributeError:
+        return {}
