@@ -1,8 +1,12 @@
-"""`fastdpo estimate`: what is counted without weights equals what real tensors take, and what is printed follows from it."""
+"""`fastdpo estimate`: what is counted without weights equals what real tensors take."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +108,17 @@ def test_a_loaded_model_is_measured_without_computing_and_left_as_it_was(real: n
         assert p.grad is None, name
 
 
-def test_biases_of_quantised_layers_survive_the_measurement() -> None:
-    """bitsandbytes casts them in the forward, in place."""
-    options = ModelConfig(load_in_4bit=True, lora_r=4)
-    counter = ConfigCounter(Qwen2Config(**SIZES, num_hidden_layers=2), Training(options, torch.bfloat16))
-    assert counter.count(Row(24, SHAPE)).kept > 0
+def test_biases_of_quantised_layers_survive_the_measurement(tmp_path: Path) -> None:
+    """bitsandbytes casts them in the forward, in place: a forward over fake tensors would leave fake ones there."""
+    AutoModelForCausalLM.from_config(Qwen2Config(**SIZES, num_hidden_layers=2)).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=NF4, dtype=torch.bfloat16)
+    model = get_peft_model(loaded, lora_config(OPTIONS)).train()
+    biases = {name: p.clone() for name, p in model.named_parameters() if name.endswith("bias")}
+    assert len(biases) == 6
+    assert measure(model, SHAPE, tokens=(24, 48)).kept.per_token > 0
+    for name, p in model.named_parameters():
+        assert name not in biases or torch.equal(p, biases[name])
+    assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
 def test_equal_layers_are_extrapolated_exactly() -> None:
@@ -177,9 +187,9 @@ def test_flash_attention_keeps_no_scores() -> None:
 
 
 def test_work_is_counted_as_the_formulas_say() -> None:
-    """FLOPs of a two-layer Llama: 2 per weight and token forward, as many backward for the inputs, except for q, k and v
-    of the first layer, as the embedding is frozen; a LoRA's weights have gradients too. Attention by pairs of query and
-    key, two products forward and five backward; the head N x H x V twice with its unit gradient."""
+    """FLOPs of a two-layer Llama: 2 per weight and token forward, as many backward for the inputs, except for q, k and
+    v of the first layer, as the embedding is frozen; a LoRA's weights have gradients too. Attention by pairs of query
+    and key, two products forward and five backward; the head N x H x V twice with its unit gradient."""
     row = Row(24, SHAPE)  # one pair: 10 + 7 + 7
     counter = ConfigCounter(config(), training(flash=True))
     hidden, wide, kv, vocab, rank = 128, 192, 64, 257, 4
@@ -269,6 +279,10 @@ def test_command_prints_parts_that_sum_to_the_peak(capsys: pytest.CaptureFixture
         (("--model_name_or_path", "Llama-3-8B", "--max_length", "9", "--max_prompt_length", "9"), "leaves no room"),
         (("--model_name_or_path", "Llama-3-8B", "--micro_batch_tokens", "few"), "'auto' or a number of at least 1"),
         (("--model_name_or_path", "./nowhere", "--gpu_memory", "1GB"), "no such folder"),
+        (
+            ("--model_name_or_path", "Llama-3-8B", "--gpu_memory", "1GB", "--use_dora"),
+            "use_dora=True cannot be predicted",
+        ),
         (("--model_name_or_path", "Llama-3-8B", "--device", "cpu", "--gpu_memory", "1GB"), "has no effect"),
     ],
 )
@@ -278,3 +292,18 @@ def test_command_says_what_it_cannot_use(
     code, _, err = run_cli(capsys, *argv)
     assert code == 2
     assert message in err.replace("\n", " ")
+
+
+def fastdpo(*argv: str) -> str:
+    """What the command prints, in a process of its own."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "TRITON_INTERPRET")}
+    command = [sys.executable, "-m", "fastdpo.cli", *argv]
+    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.slow
+def test_prediction_for_the_demo_is_within_15_percent_of_its_peak(tmp_path: Path) -> None:
+    predicted = json.loads(fastdpo("estimate", "--demo", "--json"))["peak_bytes"]
+    printed = fastdpo("demo", "--pairs", "24", "--output_dir", str(tmp_path / "demo"))
+    measured = float(re.search(r"peak memory ([\d.]+) GiB", printed)[1]) * 2**30  # type: ignore[index]
+    assert predicted == pytest.approx(measured, rel=0.15)

@@ -94,15 +94,15 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
     check_output_dir(config.output_dir, resuming=resume is not None, overwrite=config.overwrite_output_dir)
 
     console.print("[bold]1.[/bold] preparing SmolLM2-135M-Instruct")
-    dtype = _compute_dtype(config)
-    model_config = ModelConfig(model_name_or_path=prepare_model(), dtype=dtype, load_in_4bit=True, lora_r=16)
+    model_config = demo_model(config)
     tokenizer = load_tokenizer(model_config)
     console.print(
-        f"[bold]2.[/bold] loading it in NF4 with double quantisation, {dtype} compute, LoRA r = 16 on all linear layers"
+        f"[bold]2.[/bold] loading it in NF4 with double quantisation, {model_config.dtype} compute, LoRA r = 16 on all "
+        "linear layers"
     )
     trainer = FastDPOTrainer(
         load_model(model_config),
-        args=_training_arguments(config),
+        args=training_arguments(config),
         train_dataset=load_preferences(DATA / "train.jsonl.gz"),
         eval_dataset=load_preferences(DATA / "eval.jsonl.gz"),
         processing_class=tokenizer,
@@ -131,6 +131,11 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
     return results
 
 
+def demo_model(config: DemoConfig) -> ModelConfig:
+    """The model and its adapter; prepares the model's files."""
+    return ModelConfig(model_name_or_path=prepare_model(), dtype=_compute_dtype(config), load_in_4bit=True, lora_r=16)
+
+
 def _compute_dtype(config: DemoConfig) -> str:
     """bfloat16 only where it is fast: elsewhere a CPU emulates it."""
     if config.dtype != "auto":
@@ -147,7 +152,8 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
 
 
-def _training_arguments(config: DemoConfig) -> FastDPOConfig:
+def training_arguments(config: DemoConfig) -> FastDPOConfig:
+    """The settings of its training."""
     return FastDPOConfig(
         output_dir=config.output_dir,
         overwrite_output_dir=config.overwrite_output_dir,

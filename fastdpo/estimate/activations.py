@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel
 
-from fastdpo.estimate.skeleton import Skeleton, has_equal_layers, plain_head, with_layers
+from fastdpo.estimate.skeleton import Skeleton, has_equal_layers, is_4bit, plain_head, with_layers
 from fastdpo.estimate.tracking import LiveBytes, workspaces
 from fastdpo.functional import linear_logprob
 from fastdpo.ops.tiles import MAX_CACHE, MAX_COLUMNS, MAX_ROWS, TILE_SHARE
@@ -167,18 +167,19 @@ def measure(
 
 @contextlib.contextmanager
 def _left_as_it_is(model: nn.Module) -> Iterator[None]:
-    """Undo what a forward over fake tensors does to a loaded model: bitsandbytes casts biases in place, and some models
-    keep tensors in buffers."""
-    parameters = [(p, p.data) for p in model.parameters()]
+    """Keep fake tensors out of a loaded model: bitsandbytes' layers cast their bias in place, and find it cast here; what
+    a model puts into its buffers is taken out again."""
+    biases = [(m.bias, m.bias.data, m.compute_dtype) for m in model.modules() if is_4bit(m) and m.bias is not None]
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    for bias, own, dtype in biases:
+        bias.data = own if dtype is None else own.to(dtype)
     try:
         yield
     finally:
-        for parameter, data in parameters:
-            if type(parameter.data) is FakeTensor:
-                parameter.data = data
-        for module, own in buffers:
-            module._buffers.update(own)
+        for bias, own, _ in biases:
+            bias.data = own
+        for module, tensors in buffers:
+            module._buffers.update(tensors)
 
 
 def count_live(model: PreTrainedModel, row: Row, **options: Any) -> Live:

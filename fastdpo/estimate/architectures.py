@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from transformers import AutoConfig, PretrainedConfig
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from fastdpo.training.model import load_config
 
@@ -36,6 +39,22 @@ def find_config(name_or_path: str, revision: str | None = None, trust_remote_cod
         raise OSError(f"{error}\nKnown without files or the hub: {', '.join(known)}.") from error
 
 
-def stored_bytes(name_or_path: str) -> int:
-    """Bytes of the weight files in a local folder; 0 for what is no folder."""
-    return sum(file.stat().st_size for file in Path(os.path.expanduser(name_or_path)).glob("*.safetensors"))
+@dataclass(frozen=True)
+class StoredWeights:
+    """The weight files of a model: their bytes, and the dtype of their tensors."""
+
+    bytes: int
+    dtype: torch.dtype
+
+
+def stored_weights(name_or_path: str, config: PretrainedConfig) -> StoredWeights:
+    """Of a local folder as they are; of another model as its configuration says (bfloat16 where that is silent)."""
+    files = sorted(Path(os.path.expanduser(name_or_path)).glob("*.safetensors"))
+    if not files:
+        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        return StoredWeights(sum(p.numel() for p in model.parameters()) * dtype.itemsize, dtype)
+    with safe_open(files[0], "pt") as opened:
+        dtype = opened.get_tensor(min(opened.keys())).dtype
+    return StoredWeights(sum(file.stat().st_size for file in files), dtype)

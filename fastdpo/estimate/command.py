@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastdpo.estimate.activations import ConfigCounter, PairShape, Training
-from fastdpo.estimate.architectures import find_config, known_architectures, stored_bytes
+from fastdpo.estimate.architectures import find_config, known_architectures, stored_weights
 from fastdpo.estimate.devices import GPUS, Device, measured_cpu
 from fastdpo.estimate.memory import MemoryEstimator, Part, Run, Surroundings
 from fastdpo.estimate.timing import KINDS, StepTimes, optimizer_seconds, time_micro_batch
@@ -70,6 +71,10 @@ class EstimateConfig:
         default=False, metadata={"help": "Keep what checkpointed layers need in the host's memory."}
     )
     bf16: bool | None = field(default=None, metadata={"help": "bfloat16 autocast. Default: on for a GPU."})
+    demo: bool = field(
+        default=False,
+        metadata={"help": "Start from the settings of `fastdpo demo`. Only as a flag; others override it."},
+    )
     json: bool = field(default=False, metadata={"help": "Print the figures as JSON, in bytes and seconds."})
 
     def __post_init__(self) -> None:
@@ -145,8 +150,8 @@ class Estimate:
             known = ", ".join(known_architectures())
             raise ValueError(f"model_name_or_path is required: a local folder, a hub name, or one of {known}.")
         self.model, self.config = model, config
-        self.surroundings = self._surroundings()
         self.architecture = find_config(model.model_name_or_path, model.model_revision, model.trust_remote_code)
+        self.surroundings = self._surroundings(model.model_name_or_path)
         self.device = measured_cpu(self._dtype()) if config.on_cpu else config.gpu()
         self._estimators: dict[bool, MemoryEstimator] = {}
         self.fits = [
@@ -180,10 +185,12 @@ class Estimate:
             return torch.float32 if self.config.on_cpu else torch.bfloat16
         return getattr(torch, self.model.dtype)
 
-    def _surroundings(self) -> Surroundings:
+    def _surroundings(self, name: str) -> Surroundings:
         if not self.config.on_cpu:
             return Surroundings.of_gpu()
-        return Surroundings.of_cpu(stored_bytes(self.model.model_name_or_path or ""))
+        folder = Path(name).expanduser()
+        tokenizer = str(folder) if (folder / "tokenizer_config.json").is_file() else None
+        return Surroundings.of_cpu(stored_weights(name, self.architecture), tokenizer)
 
     def _allowed(self, checkpointing: bool) -> bool:
         if checkpointing:
@@ -245,13 +252,29 @@ class Estimate:
 
 def main(argv: list[str]) -> int:
     """Parse, predict, print. Returns 0; raises what `fastdpo.cli` reports."""
-    model, config = parse(make_parser("fastdpo estimate", _DESCRIPTION, ModelConfig, EstimateConfig), argv)
+    parser = make_parser("fastdpo estimate", _DESCRIPTION, ModelConfig, EstimateConfig)
+    if "--demo" in argv:
+        parser.set_defaults(**demo_settings())
+    model, config = parse(parser, argv)
+    if config.demo and "--demo" not in argv:
+        raise ValueError("demo=True acts as the flag --demo only, as it changes the other options' defaults.")
     estimate = Estimate(model, config)
     if config.json:
         print(json.dumps(estimate.as_dict(), indent=1))
     else:
         print_estimate(estimate, Console(highlight=False, soft_wrap=True))
     return 0
+
+
+def demo_settings() -> dict[str, Any]:
+    """What `fastdpo demo` trains, and how."""
+    from fastdpo.demo.run import DemoConfig, demo_model, training_arguments
+
+    demo = DemoConfig()
+    model, args = demo_model(demo), training_arguments(demo)
+    settings = {name: getattr(model, name) for name in ("model_name_or_path", "dtype", "load_in_4bit", "lora_r")}
+    own = ("max_length", "max_prompt_length", "micro_batch_tokens", "per_device_train_batch_size")
+    return settings | {name: getattr(args, name) for name in own} | {"device": _CPU, "bf16": args.bf16}
 
 
 def print_estimate(estimate: Estimate, console: Console) -> None:

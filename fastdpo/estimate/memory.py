@@ -2,8 +2,8 @@
 
     peak = runtime + weights + quantisation constants + adapters + reference copy + gradients + optimizer
            + activations + head + workspace + allocator                                       (a training micro-batch)
-or, where that is more, the same with a scoring micro-batch in the place of the last line. On a CPU the loading of the
-model may take more than either.
+or, where that is more, the same with a scoring micro-batch in the place of the last line; that is then a part of its own.
+On a CPU the loading of the model may take more than either, and the files that it maps may stay.
 
 Weights, adapters and activations are counted (`fastdpo.estimate.activations`). What cannot be counted without the
 device is assumed, in the constants below, and says so in its note.
@@ -17,10 +17,13 @@ from dataclasses import dataclass, replace
 import psutil
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from torch.nn import functional
+from transformers import AutoTokenizer, PretrainedConfig
 
 from fastdpo.estimate.activations import ActivationModel, ConfigCounter, Live, PairShape, Row, Training, head_workspace
+from fastdpo.estimate.architectures import StoredWeights
 from fastdpo.estimate.skeleton import Skeleton, quantization_constants, resident_bytes
+from fastdpo.host_memory import map_large_blocks
 from fastdpo.training.memory_plan import SCORING_BUDGET_FACTOR
 
 MIB = 2**20
@@ -28,8 +31,15 @@ MIB = 2**20
 GPU_RUNTIME = 600 * MIB
 #: Share of what comes and goes that the caching allocator loses to fragments. Assumed, never measured.
 GPU_FRAGMENTS = 0.1
+#: The same for glibc's heap, where its thresholds are not fixed (`fastdpo.host_memory`). Measured once, on three
+#: trainings of SmolLM2-135M with 384 tokens (0.9 to 1.1); it differs from run to run.
+HEAP_SHARE = 1.0
+#: Parts that exist once a model is loaded.
+_LOADED = ("runtime", "weights", "quantisation constants")
 #: Largest budgets and lengths are found to this many tokens; the shortest pair that is tried.
 TOKEN_STEP, MIN_PAIR = 8, 16
+#: Longest sequence that is looked for where a model states none.
+MAX_POSITIONS = 2**20
 #: Rounds in which the lines are drawn anew near the pair that was found.
 REFINEMENTS = 3
 #: bitsandbytes' 8-bit optimizers: smaller parameters keep float32 states; one float32 constant per block and state.
@@ -49,33 +59,51 @@ class Part:
 class Surroundings:
     """What a run takes beside its tensors.
 
-    runtime: bytes of the process, or of the GPU's context, before a model is loaded.
-    runtime_note: where that figure comes from.
-    mapped_file: bytes of weight files that stay mapped into the process.
-    allocator_share: bytes that the allocator holds per byte of what comes and goes.
+    runtime: bytes of the process, or of the GPU's context, before a model is loaded; runtime_note: where it comes from.
+    stored: the weight files, which are mapped into a process while it loads them; None on a GPU.
+    allocator_share: bytes lost to the allocator per byte of what comes and goes.
     """
 
     runtime: int
     runtime_note: str
-    mapped_file: int = 0
+    stored: StoredWeights | None = None
     allocator_share: float = 0.0
     allocator_note: str = ""
 
     @classmethod
     def of_gpu(cls) -> Surroundings:
-        return cls(
-            GPU_RUNTIME, "assumed", allocator_share=GPU_FRAGMENTS, allocator_note=f"{GPU_FRAGMENTS:.0%}, assumed"
-        )
+        """Assumed, as there is none here."""
+        return cls(GPU_RUNTIME, "assumed", None, GPU_FRAGMENTS, f"{GPU_FRAGMENTS:.0%} of what comes and goes, assumed")
 
     @classmethod
-    def of_cpu(cls, mapped_file: int) -> Surroundings:
-        """This process, as it is now."""
-        # What training imports beside the estimate
-        import bitsandbytes  # noqa: F401
+    def of_cpu(cls, stored: StoredWeights, tokenizer: str | None = None) -> Surroundings:
+        """This process, with what training imports, after a small step of it; tokenizer: a local folder."""
+        from fastdpo.training import trainer
 
-        import fastdpo.training.trainer  # noqa: F401
+        held = [trainer, small_step()]
+        if tokenizer is not None:
+            held.append(AutoTokenizer.from_pretrained(tokenizer))
+        if map_large_blocks():
+            return cls(process_bytes(), "this process now", stored)
+        note = f"{HEAP_SHARE:.0%} of what comes and goes stays in the heap"
+        return cls(process_bytes(), "this process now", stored, HEAP_SHARE, note)
 
-        return cls(psutil.Process().memory_info().rss, "this process now", mapped_file)
+
+def process_bytes() -> int:
+    """Resident bytes of this process."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def small_step() -> torch.optim.Optimizer:
+    """Loads the code that a step of training runs: a 4-bit layer, attention, a backward, an optimizer."""
+    from bitsandbytes.nn import Linear4bit
+
+    layer, adapter = Linear4bit(64, 64, bias=False, compute_dtype=torch.float32).to("cpu"), nn.Linear(64, 64)
+    optimizer = torch.optim.AdamW(adapter.parameters())
+    hidden = (layer(adapter(torch.ones(64, 64)))).view(1, 4, 64, 16)
+    functional.scaled_dot_product_attention(hidden, hidden, hidden, is_causal=True).sum().backward()
+    optimizer.step()
+    return optimizer
 
 
 @dataclass(frozen=True)
@@ -127,21 +155,32 @@ class MemoryEstimator:
 
     def _count_resident(self, optimizer_8bit: bool) -> list[Part]:
         parameters = list(self.skeleton.model.parameters())
-        trained = [p for p in parameters if p.requires_grad]
+        trained, frozen = [p for p in parameters if p.requires_grad], [p for p in parameters if not p.requires_grad]
         size = resident_bytes(iter(trained))
         options = self.training.options
-        copied = size if not options.use_lora or options.lora_modules_to_save or options.use_dora else 0
+        copied = 0 if options.use_lora and not options.lora_modules_to_save else size
         kind = "paged 8-bit AdamW" if optimizer_8bit else "AdamW"
         return [
             Part("runtime", self.surroundings.runtime, self.surroundings.runtime_note),
-            Part("mapped weight file", self.surroundings.mapped_file, "pages that the system can take back"),
-            Part("weights", resident_bytes(p for p in parameters if not p.requires_grad), "frozen"),
+            Part("mapped weight file", self._mapped(frozen), "pages that the system can take back"),
+            Part("weights", resident_bytes(iter(frozen)), "frozen"),
             Part("quantisation constants", resident_bytes(quantization_constants(self.skeleton.model))),
             Part("adapters" if options.use_lora else "trained weights", size, f"{_count(trained):,} parameters"),
             Part("reference copy", copied, "the trained weights at the start"),
             Part("gradients", size),
             Part("optimizer", sum(_state_bytes(p, optimizer_8bit) for p in trained), kind),
         ]
+
+    def _mapped(self, frozen: list[nn.Parameter]) -> int:
+        """Bytes of the weight file that stay mapped beside the weights.
+
+        A weight that is used as it was stored is a view into the file's mapping, and keeps all of it.
+        """
+        stored = self.surroundings.stored
+        if stored is None or stored.dtype != self.training.dtype:
+            return 0
+        views = resident_bytes(p for p in frozen if p.is_floating_point())
+        return stored.bytes - views if views else 0
 
     def parts(self, run: Run, lines: ActivationModel | None = None) -> list[Part]:
         """All parts; their sum is the predicted peak. Activations are counted for the run, or read off `lines`."""
@@ -165,7 +204,16 @@ class MemoryEstimator:
         ]
         lost = sum(part.bytes for part in moving) * self.surroundings.allocator_share
         moving.append(Part("allocator", round(lost), self.surroundings.allocator_note))
-        return [part for part in [*self.resident(run.optimizer_8bit), *moving] if part.bytes]
+        parts = [*self.resident(run.optimizer_8bit), *moving]
+        parts.append(Part("loading", self._loading_above(parts), "mapped weight file; what it takes above these"))
+        return [part for part in parts if part.bytes]
+
+    def _loading_above(self, parts: list[Part]) -> int:
+        """What loading takes above all of `parts`: on a CPU the whole weight file beside the weights made of it."""
+        if self.surroundings.stored is None:
+            return 0
+        there = sum(part.bytes for part in parts if part.name in _LOADED)
+        return max(0, there + self.surroundings.stored.bytes - sum(part.bytes for part in parts))
 
     def total(self, run: Run, lines: ActivationModel | None = None) -> int:
         """The predicted peak in bytes."""
@@ -192,7 +240,7 @@ class MemoryEstimator:
         def alone(tokens: int) -> Run:
             return replace(run, shape=run.shape.scaled(tokens), micro_batch_tokens=1)
 
-        positions = self.config.get_text_config().max_position_embeddings
+        positions = getattr(self.config.get_text_config(), "max_position_embeddings", MAX_POSITIONS)
         most = run.shape.tokens * positions // (run.shape.prompt + run.shape.completion)
         shape, tokens = run.shape, 0
         for _ in range(REFINEMENTS):  # on a CPU the bytes per token grow with the pair

@@ -38,12 +38,16 @@ class Skeleton:
     """
 
     def __init__(self, config: PretrainedConfig, options: ModelConfig, dtype: torch.dtype) -> None:
-        """Raises ValueError for an adapter that exists already, as what it holds is known only from its files, for a
-        head that is more than one linear layer, and for attention that is more than causal segments."""
+        """Raises ValueError for an adapter that exists already, as what it holds is known only from its files, for
+        DoRA, for a head that is more than one linear layer, and for attention that is more than causal segments."""
         if options.adapter_name_or_path is not None:
             raise ValueError(
                 f"adapter_name_or_path={options.adapter_name_or_path!r} is not read by the estimate. Give the lora_r "
                 "and lora_target_modules that it was made with."
+            )
+        if options.use_dora:
+            raise ValueError(
+                "use_dora=True cannot be predicted: it starts from the norms of the weights, which are not read."
             )
         self.dtype, self.mode = dtype, FakeTensorMode(allow_non_fake_inputs=True)
         with torch.device("meta"):

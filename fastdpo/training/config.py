@@ -42,7 +42,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "do_predict": ((False,), "Use `trainer.predict(dataset)`."),
     "enable_jit_checkpoint": ((False,), "SIGTERM and SIGINT save a checkpoint already."),
     "eval_do_concat_batches": ((True,), "Preference metrics need the whole evaluation set."),
-    "fsdp": ((None, "", False), "Run with plain data parallelism (torchrun, accelerate launch)."),
     "include_for_metrics": (([],), "The metrics are computed from log-probabilities only."),
     "label_names": ((None,), "Pairs have no labels."),
     "label_smoothing_factor": ((0.0,), "It smooths token labels. For noisy preferences set `label_smoothing`."),
@@ -271,6 +270,12 @@ class FastDPOConfig(TrainingArguments):
             value = getattr(self, name, accepted[0])
             if value not in accepted:
                 raise ValueError(f"{name}={value!r} is not supported by fastdpo {__version__}. {reason}")
+        version = (self.fsdp_config or {}).get("version", 2)
+        if self.fsdp and int(version) != 2:
+            raise ValueError(
+                f"fsdp_config: version={version!r} is not supported by fastdpo {__version__}: FSDP1 flattens the "
+                "parameters of a layer into one. Leave version out, or set it to 2."
+            )
         optimizer = str(getattr(self.optim, "value", self.optim))
         if optimizer in REFUSED_OPTIMIZERS or optimizer.endswith("_layerwise"):
             raise ValueError(f"optim={optimizer!r} steps inside the backward pass, before gradients are summed.")

@@ -24,6 +24,7 @@ from accelerate.hooks import AlignDevicesHook
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from fastdpo.training.model import without_dropout
@@ -146,7 +147,8 @@ def _more_than_linear(module: Any) -> str:
         return f"accelerate's {type(hook).__name__} manages the weight of its output embedding"
     if hook is None and "forward" in vars(module):
         return "the forward of its output embedding is replaced"
-    if type(module.weight) not in (nn.Parameter, Tensor) or not module.weight.is_floating_point():
+    # Sharded by FSDP it is a DTensor, which the forward turns into the whole weight: it is read after that
+    if type(module.weight) not in (nn.Parameter, Tensor, DTensor) or not module.weight.is_floating_point():
         return f"the weight of its output embedding is a {type(module.weight).__name__} of {module.weight.dtype}"
     return ""
 

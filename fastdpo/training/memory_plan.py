@@ -51,10 +51,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 class MemoryPlan:
     """train_tokens, score_tokens: budgets of passes that keep activations, and of those that don't.
-    checkpointing: whether layers keep their inputs only."""
+    checkpointing: whether layers keep their inputs only.
+    repeats: whether a step can be repeated; with FSDP, ranks wait for each other in the middle of a forward."""
 
-    def __init__(self, args: FastDPOConfig, model: PreTrainedModel) -> None:
-        self.args, self.model = args, model
+    def __init__(self, args: FastDPOConfig, model: PreTrainedModel, *, repeats: bool = True) -> None:
+        self.args, self.model, self.repeats = args, model, repeats
         self.train_tokens = args.train_token_budget
         self.score_tokens = SCORING_BUDGET_FACTOR * self.train_tokens
         self.checkpointing = False
@@ -89,6 +90,11 @@ class MemoryPlan:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            if not self.repeats:
+                raise OutOfMemory(
+                    f"{error} With FSDP, a step that ran out of memory on one rank cannot be repeated. Lower "
+                    f"micro_batch_tokens ({self.train_tokens} now). {ADVICE}"
+                ) from error
             cause = error.with_traceback(None)  # its frames hold the tensors that did not fit
         if self.over_ranks(int(cause is not None), local):
             del result

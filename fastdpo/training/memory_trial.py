@@ -59,7 +59,7 @@ class MemoryTrialMixin(ScoringMixin):
         """Find the budget where it is to be found; the layout is settled before."""
         if self.memory.settled:
             return
-        if self.args.device.type == "cuda":
+        if self.args.device.type == "cuda" and self.memory.repeats:
             self.memory.settle(self._found_by_trial())
         elif self.args.memory_limit_bytes is not None:
             self.memory.settle(self._found_by_counting(self.args.memory_limit_bytes))

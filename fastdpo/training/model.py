@@ -47,6 +47,7 @@ def quantization_config(config: ModelConfig) -> BitsAndBytesConfig | None:
         bnb_4bit_quant_type=config.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=resolve_dtype(config.dtype),
+        bnb_4bit_quant_storage=getattr(torch, config.bnb_4bit_quant_storage),
     )
 
 

@@ -16,7 +16,11 @@ _MODEL_CONDITIONS = (
         "fresh LoRA",
         "a continued adapter keeps its own settings, and use_lora=False has none.",
     ),
-    (("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"), "load_in_4bit", "set load_in_4bit=True or drop it."),
+    (
+        ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_quant_storage"),
+        "load_in_4bit",
+        "set load_in_4bit=True or drop it.",
+    ),
 )
 
 
@@ -49,6 +53,14 @@ class ModelConfig:
     load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: quantise the linear layers with bitsandbytes."})
     bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "nf4 or fp4.", "choices": ["nf4", "fp4"]})
     bnb_4bit_use_double_quant: bool = field(default=True, metadata={"help": "Quantise the quantisation constants."})
+    bnb_4bit_quant_storage: str = field(
+        default="uint8",
+        metadata={
+            "help": "Dtype that 4-bit weights are stored in, which changes no value. FSDP shards only floating-point "
+            "ones: set it to that of the other weights there.",
+            "choices": ["uint8", "float32", "bfloat16", "float16"],
+        },
+    )
     use_lora: bool = field(default=True, metadata={"help": "Train a LoRA. False trains every weight."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the LoRA matrices."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of the LoRA: its update is multiplied by alpha / r."})

@@ -14,10 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastdpo.training.fingerprint import state_digest
+from fastdpo.training.sharded import local, reshard
 
 
 class ReferencePolicy:
@@ -52,14 +55,34 @@ class ReferencePolicy:
         """
         return self._fingerprint
 
+    def agree_on_fingerprint(self) -> None:
+        """Take rank 0's: with FSDP, other ranks may get their weights only when these are sharded."""
+        found = [self._fingerprint]
+        dist.broadcast_object_list(found)
+        self._fingerprint = found[0]
+
+    def shard(self) -> None:
+        """Follow a model whose parameters were just sharded: of its values at the start, keep this rank's part."""
+        if self._start is None:
+            return
+        for name, p in self.model.named_parameters():
+            if name in self._start and isinstance(p, DTensor):
+                self._start[name] = distribute_tensor(self._start[name].to(p.device), p.device_mesh, p.placements)
+
     def equals_policy(self) -> bool:
-        """Whether the policy's weights are the reference's, as before the first step: one pass then scores both."""
+        """Whether the policy's weights are the reference's, as before the first step: one pass then scores both.
+
+        Of sharded weights each rank sees its own part.
+        """
+        reshard(self.model)
         if self.ref_model is not None:
             return False
         if self._start is None:
             return _adapters_change_nothing(self.model)
         return all(
-            torch.equal(p, self._start[name]) for name, p in self.model.named_parameters() if name in self._start
+            torch.equal(local(p), local(self._start[name]))
+            for name, p in self.model.named_parameters()
+            if name in self._start
         )
 
     @contextmanager
@@ -70,8 +93,11 @@ class ReferencePolicy:
                 yield self.ref_model
             elif self._start is None:
                 assert isinstance(self.model, PeftModel)
+                # peft switches requires_grad of the parameters that it finds: find the same ones before and after
+                reshard(self.model)
                 with self.model.disable_adapter():
                     yield self.model
+                    reshard(self.model)
             else:
                 self._swap()
                 try:
@@ -81,8 +107,16 @@ class ReferencePolicy:
 
     def _swap(self) -> None:
         assert self._start is not None
+        reshard(self.model)
         for name, parameter in self.model.named_parameters():
-            if name in self._start:
+            if name not in self._start:
+                continue
+            if isinstance(parameter, DTensor):  # whose memory FSDP gathers from, so that it has to stay in place
+                mine, start = local(parameter), local(self._start[name])
+                held = mine.clone()
+                mine.copy_(start)
+                start.copy_(held)
+            else:
                 parameter.data, self._start[name] = self._start[name], parameter.data
 
 
@@ -100,4 +134,4 @@ def _adapters_change_nothing(model: nn.Module) -> bool:
     only_lora_is_trained = all("lora_" in name for name, p in named if p.requires_grad)
     # Frozen adapters count as well: a stack on top of one starts from what that one does.
     updates = [p for name, p in named if "lora_B" in name or "lora_embedding_B" in name]
-    return only_lora_is_trained and not any(bool(p.any()) for p in updates)
+    return only_lora_is_trained and not any(bool(local(p).any()) for p in updates)

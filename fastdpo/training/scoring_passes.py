@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastdpo.data import TokenizationReport, tokenize_preferences
 from fastdpo.training.batch import PairFeatures, TokenBatch
@@ -26,11 +26,12 @@ from fastdpo.training.objective import Objective
 from fastdpo.training.reference_cache import ReferenceCache
 from fastdpo.training.reference_policy import ReferencePolicy
 from fastdpo.training.scoring import CompletionScorer, PairScores, TokenScores
+from fastdpo.training.sharded import ShardedMixin
 
 logger = logging.getLogger(__name__)
 
 
-class ScoringMixin(Trainer):
+class ScoringMixin(ShardedMixin):
     """Tokenises data sets and scores batches of pairs; overrides how transformers' Trainer evaluates and predicts."""
 
     config: FastDPOConfig
@@ -64,15 +65,22 @@ class ScoringMixin(Trainer):
         """Fill in log-probs of the policy and of the reference for pairs of `batch`, both over the same micro-batches
         where both are asked for."""
         policy, reference = set(policy), set(reference)
-        for group in (policy & reference, policy - reference, reference - policy):
-            for micro in self.cut(batch, self.memory.score_tokens, group):
-                if group <= policy:
+        for group, by_policy, by_reference in (
+            (policy & reference, True, True),
+            (policy - reference, True, False),
+            (reference - policy, False, True),
+        ):
+            for micro, counts in self.in_step(batch, self.cut(batch, self.memory.score_tokens, group)):
+                if by_policy:
                     with without_dropout(self.policy()) as model:
                         result = self.forward_tokens(model, micro, weighting=self.args.use_weighting)
-                    self.scorer.fill_policy(scores, result, micro, micro.indices)
-                if group <= reference:
+                    if counts:
+                        self.scorer.fill_policy(scores, result, micro, micro.indices)
+                if by_reference:
                     with self.reference.active() as model, without_dropout(model):
-                        self.scorer.fill_reference(scores, self.forward_tokens(model, micro), micro)
+                        result = self.forward_tokens(model, micro)
+                    if counts:
+                        self.scorer.fill_reference(scores, result, micro)
 
     def recall_reference(self, batch: TokenBatch, scores: PairScores) -> list[int]:
         """Fill in the reference's log-probs that are known; the pairs whose are not."""
@@ -115,7 +123,7 @@ class ScoringMixin(Trainer):
         scores = PairScores.zeros(*batch.lengths())
         everything = range(len(batch))
         missing = self.recall_reference(batch, scores)
-        if missing and self.reference.equals_policy():
+        if self.most(bool(missing)) and not self.most(not self.reference.equals_policy()):
             self.score(batch, scores, policy=everything)
             scores.ref_chosen_logps[missing] = scores.chosen_logps[missing]
             scores.ref_rejected_logps[missing] = scores.rejected_logps[missing]

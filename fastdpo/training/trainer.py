@@ -72,6 +72,7 @@ from fastdpo.training.setup import (
     resolve_tokenizer,
     with_adapter,
 )
+from fastdpo.training.sharded import gradient_norm
 
 __all__ = ["FastDPOTrainer", "NonFiniteLossError"]
 
@@ -152,17 +153,18 @@ class FastDPOTrainer(CheckpointMixin, ReferenceStoreMixin, MemoryTrialMixin, Sco
             callbacks=list(callbacks or []),
             optimizers=optimizers,
         )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("FSDP and DeepSpeed are not supported; launch plain data parallelism (torchrun).")
+        self.check_sharding()
         self.model.add_model_tags(list(self._tag_names))
-        if ref_model is not None and not is_quantized(ref_model):
+        if ref_model is not None and not is_quantized(ref_model) and not self.is_fsdp_enabled:
             self._move_model_to_device(ref_model, folded.device)
         self.reference = ReferencePolicy(self.model, ref_model)
+        if self.is_fsdp_enabled:
+            self.reference.agree_on_fingerprint()
         self.objective = Objective(folded)
         self.scorer = CompletionScorer(
             ld_alpha=folded.ld_alpha, use_weighting=folded.use_weighting, backend=folded.backend
         )
-        self.memory = MemoryPlan(folded, self.model)
+        self.memory = MemoryPlan(folded, self.model, repeats=not self.is_fsdp_enabled)
         models = [self.model] if ref_model is None else [self.model, ref_model]
         self.layouts = LayoutChoice(folded, self.scorer, models)
         kept = folded.reference != "online" and self.objective.needs_reference
@@ -270,8 +272,8 @@ class FastDPOTrainer(CheckpointMixin, ReferenceStoreMixin, MemoryTrialMixin, Sco
             if held is not None and first is not None:
                 self._backward(held, first, coefficients)
                 kept.difference_update(first.indices.tolist())
-            for micro in self.cut(batch, self.memory.train_tokens, kept):
-                self._backward(self.forward_tokens(self.policy(), micro), micro, coefficients)
+            for micro, counts in self.in_step(batch, self.cut(batch, self.memory.train_tokens, kept)):
+                self._backward(self.forward_tokens(self.policy(), micro), micro, coefficients, counts)
 
         self.memory.guarded(train)
         return everyone, plan
@@ -280,32 +282,42 @@ class FastDPOTrainer(CheckpointMixin, ReferenceStoreMixin, MemoryTrialMixin, Sco
         everyone = window.gather(scores)  # lengths and reference: c of a pair needs no other pair's log-probs
 
         def train() -> None:
-            for micro in self.cut(batch, self.memory.train_tokens, window.own_kept(None)):
+            micros = self.cut(batch, self.memory.train_tokens, window.own_kept(None))
+            for micro, counts in self.in_step(batch, micros):
                 result = self.forward_tokens(self.policy(), micro, weighting=self.args.use_weighting)
-                self.scorer.fill_policy(scores, result, micro, micro.indices)
-                self.scorer.fill_policy(everyone, result, micro, micro.indices + window.offset)
-                self._backward(result, micro, window.own(self.objective.coefficients(everyone)))
+                if counts:
+                    self.scorer.fill_policy(scores, result, micro, micro.indices)
+                    self.scorer.fill_policy(everyone, result, micro, micro.indices + window.offset)
+                self._backward(result, micro, window.own(self.objective.coefficients(everyone)), counts)
 
         self.memory.guarded(train)
         return window.gather(scores)
 
-    def _backward(self, result: TokenScores, micro: MicroBatch, coefficients: Coefficients) -> None:
-        """Backpropagate Σ c·logp over the micro-batch, which has the gradient of the whole batch's loss."""
+    def _backward(
+        self, result: TokenScores, micro: MicroBatch, coefficients: Coefficients, counts: bool = True
+    ) -> None:
+        """Backpropagate Σ c·logp over the micro-batch, which has the gradient of the whole batch's loss; zeros where
+        the micro-batch does not count."""
         at = micro.indices
         per_row = torch.cat([coefficients.chosen[at], coefficients.rejected[at]])
         per_token = per_row[:, None] * self.scorer.token_weights(micro)
         per_token[: len(micro)] += coefficients.chosen_sums[at, None] * micro.completion_mask[: len(micro)]
-        self.accelerator.backward((per_token * result.logps).sum())
+        self.accelerator.backward((per_token * result.logps).sum() * counts)
 
     def _sum_gradients(self) -> None:
-        """Sum the trainable gradients over ranks in one all-reduce; a rank without kept pairs adds zeros."""
+        """Sum the trainable gradients over ranks in one all-reduce; a rank without kept pairs adds zeros.
+
+        Those of sharded parameters are summed already.
+        """
         trained = [p for p in self.policy().parameters() if p.requires_grad]
         for p in trained:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         if self.args.world_size > 1:
             for dtype in sorted({p.dtype for p in trained}, key=str):
-                grads = [p.grad for p in trained if p.dtype == dtype and p.grad is not None]
+                grads = [p.grad for p in trained if p.dtype == dtype and type(p.grad) is Tensor]
+                if not grads:
+                    continue
                 flat = torch.cat([grad.flatten() for grad in grads])
                 dist.all_reduce(flat)
                 for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
@@ -320,7 +332,7 @@ class FastDPOTrainer(CheckpointMixin, ReferenceStoreMixin, MemoryTrialMixin, Sco
         # With fp16 a loss scaler looks for infinite gradients itself and skips the step.
         grad_norm = torch.zeros_like(output.loss)
         if self.accelerator.scaler is None and grads:
-            grad_norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, torch.float32)))
+            grad_norm = gradient_norm(grads)
         values = torch.stack([output.loss, grad_norm.to(output.loss), *metrics.values()]).tolist()
         if not all(map(torch.isfinite, torch.tensor(values[:2]))):
             stop_on_nonfinite(self.args, self.state.global_step + 1, values[0], values[1], everyone, batch.example_ids)
