@@ -15,9 +15,12 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from test_scoring import MODELS
 from test_training_step import CUTS, WORKER, assert_same_run
+from transformers import BloomConfig, BloomForCausalLM
 from worker import injected, state
 
+from fastdpo.training import memory_trial
 from fastdpo.training.batch import TokenBatch
 from fastdpo.training.memory_plan import OutOfMemory, is_out_of_memory
 from fastdpo.training.memory_trial import largest_that_fits
@@ -312,12 +315,13 @@ def test_a_trial_leaves_nothing_behind(tmp_path: Path) -> None:
     assert trainer.model.config._attn_implementation == attention != "fastdpo_segments"
     assert trainer.model.training
     assert trainer.memory.train_tokens == 1024, "settled by who asked for the trial"
-    assert trainer._tokens_within(2**30) > 1000
+    assert trainer._tokens_within(2**30, trainer.train_dataset[0]) > 1000
     assert torch.equal(random, torch.get_rng_state())
 
 
-def test_a_memory_limit_on_the_cpu(tmp_path: Path) -> None:
+def test_a_memory_limit_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More memory holds more tokens, in proportion; less than the process has says so, with the numbers."""
+    monkeypatch.setattr(memory_trial, "map_large_blocks", lambda: True)  # not for the rest of the tests
     held = psutil.Process().memory_info().rss
     # Wide enough for a token to take some 50 kB
     model = {"hidden_size": 128, "intermediate_size": 512, "max_position_embeddings": 4096}
@@ -333,12 +337,34 @@ def test_a_memory_limit_on_the_cpu(tmp_path: Path) -> None:
         return trainer.memory.train_tokens
 
     # 0.9 of the limit is planned for
-    small, large = budget(held // 9 + 40_000_000), budget(held // 9 + 100_000_000)
+    small, large = budget(held // 9 + 80_000_000), budget(held // 9 + 140_000_000)
     assert 32 < small < large
     trainer = tiny.trainer(tmp_path / "none", model=tiny.llama(**model), memory_limit="100MB", **options)
     with pytest.raises(OutOfMemory, match=r"memory_limit='100MB': \d+\.\d+ GB are taken .* the longest pair has 4\d"):
         trainer.train()
     assert trainer.memory.checkpointing, "it was tried"
+
+
+def bloom() -> BloomForCausalLM:
+    return BloomForCausalLM(BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4))
+
+
+@pytest.mark.parametrize("kind", ["softcaps", "adapter on the head", "ALiBi"])
+def test_a_memory_limit_counts_what_the_run_does(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models without attention by segments, or whose logits are their own, are counted in the layout they train in."""
+    monkeypatch.setattr(memory_trial, "map_large_blocks", lambda: True)
+    models = {"softcaps": lambda: MODELS["Gemma2"](), "adapter on the head": tiny.llama, "ALiBi": bloom}
+    lora = tiny.lora(target_modules=["q_proj", "lm_head"]) if kind == "adapter on the head" else tiny.lora()
+    data = Dataset.from_dict(
+        {"prompt_ids": [[1, 2, 3]] * 8, "chosen_ids": [[4, 5]] * 8, "rejected_ids": [[6, 7, 8]] * 8,
+         "example_id": [str(i) for i in range(8)]}
+    )  # fmt: skip
+    limit = f"{psutil.Process().memory_info().rss // 10**6 * 2}MB"
+    trainer = tiny.trainer(
+        tmp_path, model=models[kind](), data=data, ref_model=None, memory_limit=limit, peft_config=lora, max_steps=1
+    )
+    trainer.train()
+    assert trainer.memory.train_tokens >= 8
 
 
 # Options

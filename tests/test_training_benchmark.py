@@ -115,9 +115,7 @@ def test_unknown_plans_are_named() -> None:
 
 def test_failure_of_a_process_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def failed(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.CompletedProcess(
-            command, 1, "", "Traceback\nModuleNotFoundError: No module named 'trl'\n"
-        )
+        return subprocess.CompletedProcess(command, 1, "", "Traceback\nModuleNotFoundError: No module named 'trl'\n")
 
     monkeypatch.setattr(training.subprocess, "run", failed)
     with pytest.raises(ModuleNotFoundError, match="No module named 'trl'"):

@@ -167,9 +167,10 @@ def measure(
 
 @contextlib.contextmanager
 def _left_as_it_is(model: nn.Module) -> Iterator[None]:
-    """Keep fake tensors out of a loaded model: bitsandbytes' layers cast their bias in place, and find it cast here; what
-    a model puts into its buffers is taken out again."""
-    biases = [(m.bias, m.bias.data, m.compute_dtype) for m in model.modules() if is_4bit(m) and m.bias is not None]
+    """Keep fake tensors out of a loaded model: bitsandbytes' layers cast their bias in place, and find it cast here;
+    what a model puts into its buffers is taken out again."""
+    layers: list[Any] = [module for module in model.modules() if is_4bit(module) and module.bias is not None]
+    biases = [(layer.bias, layer.bias.data, layer.compute_dtype) for layer in layers]
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     for bias, own, dtype in biases:
         bias.data = own if dtype is None else own.to(dtype)

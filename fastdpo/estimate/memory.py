@@ -2,8 +2,8 @@
 
     peak = runtime + weights + quantisation constants + adapters + reference copy + gradients + optimizer
            + activations + head + workspace + allocator                                       (a training micro-batch)
-or, where that is more, the same with a scoring micro-batch in the place of the last line; that is then a part of its own.
-On a CPU the loading of the model may take more than either, and the files that it maps may stay.
+or, where that is more, the same with a scoring micro-batch in the place of the last line, which is then a part of its
+own. On a CPU the loading of the model may take more than either, and the files that it maps may stay.
 
 Weights, adapters and activations are counted (`fastdpo.estimate.activations`). What cannot be counted without the
 device is assumed, in the constants below, and says so in its note.

@@ -14,9 +14,11 @@ from typing import Any
 
 import psutil
 import torch
-import torch.distributed as dist
 
-from fastdpo.estimate.activations import PairShape, measure
+from fastdpo.estimate.activations import Line, head_workspace
+from fastdpo.estimate.memory import HEAP_SHARE
+from fastdpo.estimate.tracking import LiveBytes, workspaces
+from fastdpo.host_memory import map_large_blocks
 from fastdpo.training.batch import TokenBatch
 from fastdpo.training.memory_plan import (
     ADVICE,
@@ -131,26 +133,41 @@ class MemoryTrialMixin(ScoringMixin):
     # On a CPU
 
     def _found_by_counting(self, limit: int) -> int:
-        _, longest = self._longest_pairs()
+        rows, longest = self._longest_pairs()
+        # Or freed activations stay with the process: twice of what they take at once (fastdpo.host_memory)
+        heap = 1.0 if map_large_blocks() else 1.0 + HEAP_SHARE
         held = psutil.Process().memory_info().rss + _STATE_FACTOR * self._trained_bytes()
-        room = int(_LIMIT_SHARE * limit) - held
-        tokens = self._tokens_within(room)
+        room = int((_LIMIT_SHARE * limit - held) / heap)
+        tokens = self._tokens_within(room, rows[0])
         if tokens < longest and self.args.checkpointing == "auto" and not self.memory.checkpointing:
             self.memory.checkpoint_layers()
-            tokens = self._tokens_within(room)
+            tokens = self._tokens_within(room, rows[0])
+        tokens = -self.memory.over_ranks(-tokens)  # the least of all ranks'
         if tokens < longest:
             raise OutOfMemory(
                 f"memory_limit={self.args.memory_limit!r}: {held / 1e9:.2f} GB are taken by the model, its optimizer "
                 f"and the process, and what is left holds {tokens} tokens; the longest pair has {longest}. {ADVICE}"
             )
-        agreed = torch.tensor(tokens)
-        if self.args.world_size > 1:
-            dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
-        return min(int(agreed), longest * self.args.train_batch_size)
+        return min(tokens, longest * self.args.train_batch_size)
 
-    def _tokens_within(self, room: int) -> int:
-        length = int(self.args.max_length or 1024)
+    def _tokens_within(self, room: int, longest: dict[str, Any]) -> int:
+        """The most tokens that `room` bytes hold: a line through one and two of the longest pair."""
         random_state = get_rng_state(self.args.device)  # dropout draws from it
-        counted = measure(self.policy(), PairShape.longest(length, self.args.max_prompt_length))
+        with self.layouts.active():
+            (few, *one), (many, *two) = (self._count_live(longest, count) for count in (1, 2))
         set_rng_state(self.args.device, random_state)
-        return min(counted.peak.tokens_within(room), counted.scoring_peak.tokens_within(room) // SCORING_BUDGET_FACTOR)
+        self.policy().zero_grad()
+        scoring, training = (Line.through((few, a), (many, b)) for a, b in zip(one, two, strict=True))
+        return min(training.tokens_within(room), scoring.tokens_within(room) // SCORING_BUDGET_FACTOR)
+
+    def _count_live(self, longest: dict[str, Any], count: int) -> tuple[int, int, int]:
+        """Tokens of a micro-batch of `count` pairs, and its peaks: without gradients, and forward and backward."""
+        batch = TokenBatch(self.data_collator([longest] * count), self.args.device)
+        tokens = sum(self.layouts.tokens(batch))
+        (micro,) = self.cut(batch, tokens, range(count))
+        counted = {**workspaces(), torch.ops.fastdpo.linear_logprob.default: head_workspace}
+        with LiveBytes(counted) as scoring, torch.no_grad():
+            self.forward_tokens(self.policy(), micro)
+        with LiveBytes(counted) as training:
+            self.accelerator.backward(0.0 * self.forward_tokens(self.policy(), micro).logps.sum())
+        return tokens, scoring.peak, training.peak
