@@ -20,11 +20,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from fastdpo.cli import main
 from fastdpo.estimate.activations import ConfigCounter, PairShape, Row, Training, count_live, measure, micro_batch
 from fastdpo.estimate.architectures import find_config, known_architectures
+from fastdpo.estimate.command import Estimate, EstimateConfig
 from fastdpo.estimate.devices import GPUS
 from fastdpo.estimate.memory import MemoryEstimator, Run, Surroundings
-from fastdpo.estimate.skeleton import Skeleton, quantization_constants, resident_bytes
+from fastdpo.estimate.skeleton import Skeleton, is_4bit, quantization_constants, resident_bytes
 from fastdpo.estimate.timing import time_micro_batch
-from fastdpo.estimate.tracking import LiveBytes
+from fastdpo.estimate.tracking import LiveBytes, gemm_4bit_workspace
 from fastdpo.training.config import ModelConfig
 from fastdpo.training.model import lora_config
 
@@ -176,6 +177,19 @@ def test_live_bytes_of_a_hand_worked_example() -> None:
     assert total.requires_grad
 
 
+def test_workspace_of_a_4_bit_product_is_what_its_implementation_takes(real: nn.Module) -> None:
+    """bitsandbytes' own Python implementation, whose operators are seen when it is called directly."""
+    from bitsandbytes.backends.default.ops import _gemm_4bit_default_impl
+
+    layer = next(module for module in real.modules() if is_4bit(module))
+    state, x = layer.weight.quant_state, torch.ones(5, 128)
+    arguments = (x, layer.weight.view(-1, 1), state.shape, state.state2.absmax, state.blocksize, state.quant_type)
+    nested = {"absmax_8bit": state.absmax, "absmax_code": state.state2.code, "absmax_offset": state.offset}
+    with LiveBytes() as counted:
+        product = _gemm_4bit_default_impl(*arguments, **nested)
+    assert counted.peak == gemm_4bit_workspace(*arguments, **nested) + 4 * product.numel()
+
+
 def test_flash_attention_keeps_no_scores() -> None:
     """On a GPU q, k and v in the segments' order, the output and one number per query and head are kept: the bytes per
     token do not grow with the pairs, while on a CPU a mask of each rejected answer's keys does."""
@@ -262,13 +276,14 @@ def test_command_prints_parts_that_sum_to_the_peak(capsys: pytest.CaptureFixture
     config(4).save_pretrained(tmp_path)
     code, out, _ = run_cli(
         capsys, "--model_name_or_path", str(tmp_path), "--load_in_4bit", "--gpu_memory", "1GB", "--json",
-        "--max_length", "64", "--max_prompt_length", "32",
+        "--max_length", "64", "--max_prompt_length", "32", "--gradient_checkpointing", "true",
     )  # fmt: skip
     found = json.loads(out)
     assert code == 0
     assert found["predicted"] is True
     assert sum(found["parts"].values()) == found["peak_bytes"] <= 10**9
-    assert [fit["checkpointing"] for fit in found["fits"]] == [False, True]
+    assert found["gradient_checkpointing"] is True
+    assert [fit["gpu_memory"] for fit in found["fits"]] == ["1GB"]
 
 
 @pytest.mark.parametrize(
@@ -307,3 +322,20 @@ def test_prediction_for_the_demo_is_within_15_percent_of_its_peak(tmp_path: Path
     printed = fastdpo("demo", "--pairs", "24", "--output_dir", str(tmp_path / "demo"))
     measured = float(re.search(r"peak memory ([\d.]+) GiB", printed)[1]) * 2**30  # type: ignore[index]
     assert predicted == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("name", "card", "checkpointing"), [("Llama-3-8B", "12GB", "on"), ("SmolLM2-135M", "8GB", "off")]
+)
+def test_cells_of_the_documented_table(name: str, card: str, checkpointing: str) -> None:
+    lines = (Path(__file__).parent.parent / "docs/memory.md").read_text(encoding="utf-8").splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    row = next(cells for cells in table if cells[:2] == [name, checkpointing])
+    documented = row[table[0].index(card)]
+    fit = Estimate(
+        ModelConfig(model_name_or_path=name, load_in_4bit=True),
+        EstimateConfig(gpu_memory=[card], gradient_checkpointing=str(checkpointing == "on").lower()),
+    ).fits[0]
+    assert fit.longest_pair is not None
+    longest = fit.longest_pair.prompt + fit.longest_pair.completion
+    assert documented == f"{fit.micro_batch_tokens:,} / {longest:,}"

@@ -402,13 +402,17 @@ def test_identity_changes_in_the_part_that_changed(part: str) -> None:
 def test_identity_of_a_quantised_reference_has_its_compute_dtype(tmp_path: Path) -> None:
     tiny.llama(hidden_size=64).save_pretrained(tmp_path)
     settings = NF4.to_dict() | {"bnb_4bit_compute_dtype": "bfloat16"}
-    other = BitsAndBytesConfig(**{k: v for k, v in settings.items() if k.startswith(("bnb", "load_in_4bit"))})
+    bfloat16 = BitsAndBytesConfig(**{k: v for k, v in settings.items() if k.startswith(("bnb", "load_in_4bit"))})
     found = [
         identity(AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantised))
-        for quantised in (NF4, NF4, other)
+        for quantised in (NF4, NF4, bfloat16)
     ]
+    by_hand = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=NF4)
+    by_hand.model.layers[1].mlp.up_proj.compute_dtype = torch.bfloat16
+    found.append(identity(by_hand))
     assert found[0] == found[1]
-    assert {name for name in found[0] if found[0][name] != found[2][name]} == {"quantisation"}
+    for other in found[2:]:
+        assert {name for name in found[0] if found[0][name] != other[name]} == {"quantisation"}
 
 
 def test_identity_leaves_out_what_changes_no_reference_logp() -> None:

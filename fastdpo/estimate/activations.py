@@ -167,17 +167,15 @@ def measure(
 
 @contextlib.contextmanager
 def _left_as_it_is(model: nn.Module) -> Iterator[None]:
-    """Keep fake tensors out of a loaded model: bitsandbytes' layers cast their bias in place, and find it cast here;
-    what a model puts into its buffers is taken out again."""
+    """Take fake tensors out of a loaded model again: bitsandbytes' layers cast their bias in place, and some models
+    keep tensors in buffers."""
     layers: list[Any] = [module for module in model.modules() if is_4bit(module) and module.bias is not None]
-    biases = [(layer.bias, layer.bias.data, layer.compute_dtype) for layer in layers]
+    biases = [(layer.bias, layer.bias.data) for layer in layers]
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
-    for bias, own, dtype in biases:
-        bias.data = own if dtype is None else own.to(dtype)
     try:
         yield
     finally:
-        for bias, own, _ in biases:
+        for bias, own in biases:
             bias.data = own
         for module, tensors in buffers:
             module._buffers.update(tensors)

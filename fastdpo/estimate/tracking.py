@@ -65,14 +65,14 @@ class LiveBytes(TorchDispatchMode):
 
 
 def gemm_4bit_workspace(a: Tensor, b: Tensor, shape: Any, absmax: Tensor, blocksize: int, *_: Any, **named: Any) -> int:
-    """bitsandbytes' forward through a 4-bit layer: the weight in `a`'s dtype, and its float32 constants.
+    """bitsandbytes' forward through a 4-bit layer: the weight in `a`'s dtype, and its constants in float32 where they
+    are quantised themselves.
 
     On a CPU always; on a GPU for more rows than its fused kernel takes, so an upper bound there.
     """
     count = math.prod(shape)
-    constants = 4 * -(-count // blocksize)
     nested = named.get("absmax_8bit") is not None
-    return count * a.element_size() + (2 * constants if nested else 0)
+    return count * a.element_size() + (4 * -(-count // blocksize) if nested else 0)
 
 
 def workspaces() -> Workspaces:

@@ -20,7 +20,7 @@ __all__ = ["DataConfig", "FastDPOConfig", "ModelConfig"]
 
 #: Tokens per micro-batch when `micro_batch_tokens` is "auto" on a CPU without a stated `memory_limit`: more of them
 #: make no product faster there.
-DEFAULT_MICRO_BATCH_TOKENS = 1024
+DEFAULT_MICRO_BATCH_TOKENS = 640
 #: A scoring pass keeps no activations, so its micro-batches are this many times larger.
 SCORING_BUDGET_FACTOR = 4
 

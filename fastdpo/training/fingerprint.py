@@ -141,15 +141,14 @@ def _adapters(model: nn.Module) -> str:
 
 def _quantisation(model: Any) -> str:
     """The quantiser's settings that are not off, and the dtypes that its layers compute in."""
-    config = getattr(model.config, "quantization_config", None)
-    if config is None:
-        return "none"
+    config = getattr(model.config, "quantization_config", None) or {}
     settings = config if isinstance(config, dict) else config.to_dict()
     used = {name: value for name, value in _without(settings, ()).items() if value not in (None, False)}
+    # The layers' own, as layers may be built or changed by hand
     compute = {
         str(m.compute_dtype) for m in model.modules() if isinstance(m, nn.Linear) and hasattr(m, "compute_dtype")
     }
-    return _json({**used, "computes in": sorted(compute)})
+    return _json({**used, "computes in": sorted(compute)}) if used or compute else "none"
 
 
 def _without(settings: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
