@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from fastdpo.host_memory import map_large_blocks
 from fastdpo.version import __version__
 
 _HELP = """usage: fastdpo COMMAND [options]
@@ -94,7 +93,6 @@ def _reported(command: Callable[[], int]) -> int:
     """Run `command`, turning the errors that a user can mend into one message and an exit code."""
     for name, capacity in _ONEDNN_CACHES.items():
         os.environ.setdefault(name, capacity)
-    map_large_blocks()
     # At import, with Hugging Face's `kernels` installed: an inference kernel cannot be fetched. It is never used here.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from fastdpo.training.callbacks import TrainingInterrupted

@@ -2,7 +2,9 @@
 
 glibc maps blocks above a threshold one by one and gives them back when they are freed, but every such free raises the
 threshold, up to 32 MiB. Activations then live in the heap, which can only shrink at its end: a training process on a
-CPU keeps a multiple of what its tensors ever take at once. A fixed threshold keeps the peak at the tensors' own.
+CPU keeps a multiple of what its tensors ever take at once. A fixed threshold keeps the peak at the tensors' own, and
+every block then costs its page faults: a step of SmolLM2-135M took 1.7 times as long with 0.4 of the growth (26.9 s for
+15.8 s, 0.85 GiB for 2.12). So it is for runs that state a `memory_limit`.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import os
 
-#: Blocks of this many bytes and more are mapped one by one: a page fault per 4 KiB is little beside their use.
+#: Blocks of this many bytes and more are mapped one by one.
 MAPPED_FROM = 64 * 2**10
 #: Free bytes at the end of the heap above which it shrinks.
 TRIMMED_FROM = 128 * 2**10

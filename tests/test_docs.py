@@ -56,7 +56,7 @@ def test_shell_command_exists(command: str, tmp_path: Path, monkeypatch: pytest.
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
         parse(make_parser("fastdpo train", "", ModelConfig, DataConfig, FastDPOConfig), words[2:])
     elif words[0] == "fastdpo":
-        assert words[1] in ("demo", "info")
+        assert words[1] in ("demo", "info", "estimate")
     else:
         assert words[0] in ("git", "cd", "pip", "python")
         assert shutil.which(words[0]) or words[0] == "cd" or Path(sys.executable).with_name(words[0]).exists()

@@ -23,7 +23,6 @@ from transformers import AutoTokenizer, PretrainedConfig
 from fastdpo.estimate.activations import ActivationModel, ConfigCounter, Live, PairShape, Row, Training, head_workspace
 from fastdpo.estimate.architectures import StoredWeights
 from fastdpo.estimate.skeleton import Skeleton, quantization_constants, resident_bytes
-from fastdpo.host_memory import map_large_blocks
 from fastdpo.training.memory_plan import SCORING_BUDGET_FACTOR
 
 MIB = 2**20
@@ -83,8 +82,6 @@ class Surroundings:
         held = [trainer, small_step()]
         if tokenizer is not None:
             held.append(AutoTokenizer.from_pretrained(tokenizer))
-        if map_large_blocks():
-            return cls(process_bytes(), "this process now", stored)
         note = f"{HEAP_SHARE:.0%} of what comes and goes stays in the heap"
         return cls(process_bytes(), "this process now", stored, HEAP_SHARE, note)
 
