@@ -169,8 +169,8 @@ class FastDPOConfig(TrainingArguments):
     memory_limit: str | None = field(
         default=None,
         metadata={
-            "help": "Memory that this process may use, such as 12GB; default: the GPU's own. Read by auto. On a CPU freed "
-            "memory is then given back at once, which takes time."
+            "help": "Memory that this process may use, such as 12GB; default: the GPU's own. Read by auto. On a CPU "
+            "freed memory is then given back at once, which takes time."
         },
     )
     gradient_checkpointing: str = field(
