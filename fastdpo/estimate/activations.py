@@ -4,8 +4,8 @@ The body runs forward over a row of prefix-sharing pairs, `linear_logprob` score
 follows, through the modules and kernels' schemas that training uses. `LiveBytes` counts what is alive:
     kept        at the end of the forward: everything that the backward needs
     peak        the most at any moment of forward and backward
-Both are linear in the tokens of a row of pairs of one shape. `measure` fits the lines of a loaded model, through
-two short rows; `ConfigCounter` counts without weights, on two shallow models, and extrapolates over the layers.
+Both are linear in the tokens of a row of pairs of one shape. `ConfigCounter` counts without weights, on two shallow
+models, and extrapolates over the layers.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from fastdpo.estimate.skeleton import Skeleton, has_equal_layers, is_4bit, plain_head, with_layers
+from fastdpo.estimate.skeleton import Skeleton, has_equal_layers, plain_head, with_layers
 from fastdpo.estimate.tracking import LiveBytes, workspaces
 from fastdpo.functional import linear_logprob
 from fastdpo.ops.tiles import MAX_CACHE, MAX_COLUMNS, MAX_ROWS, TILE_SHARE
@@ -146,39 +145,6 @@ class ActivationModel:
     def at(self, tokens: int) -> Live:
         """What a row of `tokens` tokens takes."""
         return Live(self.kept.at(tokens), self.peak.at(tokens), self.scoring_peak.at(tokens))
-
-
-def measure(
-    model: PreTrainedModel, shape: PairShape | None = None, tokens: tuple[int, int] = (128, 256), **options: Any
-) -> ActivationModel:
-    """The lines of a loaded model, through two rows. Nothing is computed or allocated, and the model is left as it is.
-
-    Args:
-        shape: of the pairs; default: a third each for the prompt and the completions.
-        tokens: of the two rows. The peak is the larger of several lines, so very short rows may show another one.
-        options: as `micro_batch` takes them.
-    """
-    shape = shape or PairShape(tokens[0] - 2 * (tokens[0] // 3), tokens[0] // 3)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with _left_as_it_is(model):
-        first, second = ((size, count_live(model, Row(size, shape), mode=lambda: mode, **options)) for size in tokens)
-    return ActivationModel.through(first, second)
-
-
-@contextlib.contextmanager
-def _left_as_it_is(model: nn.Module) -> Iterator[None]:
-    """Take fake tensors out of a loaded model again: bitsandbytes' layers cast their bias in place, and some models
-    keep tensors in buffers."""
-    layers: list[Any] = [module for module in model.modules() if is_4bit(module) and module.bias is not None]
-    biases = [(layer.bias, layer.bias.data) for layer in layers]
-    buffers = [(module, dict(module._buffers)) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for bias, own in biases:
-            bias.data = own
-        for module, tensors in buffers:
-            module._buffers.update(tensors)
 
 
 def count_live(model: PreTrainedModel, row: Row, **options: Any) -> Live:

@@ -200,7 +200,7 @@ class FastDPOConfig(TrainingArguments):
         default="lazy",
         metadata={
             "help": "Reference log-probs: lazy (each pair's once, when it is first seen, and kept), precompute (all "
-            "ahead of training), or online (in every step, nothing kept).",
+            "ahead of training), or online (in every step).",
             "choices": ["online", "lazy", "precompute"],
         },
     )
