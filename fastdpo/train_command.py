@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +33,7 @@ def main(argv: list[str]) -> int:
     parser = make_parser("fastdpo train", _DESCRIPTION, ModelConfig, DataConfig, FastDPOConfig)
     model_config, data_config, args = parse(parser, argv)
     run(model_config, data_config, args)
+    PartialState().destroy_process_group()  # nothing without one; its threads must not outlive the interpreter
     return 0
 
 

@@ -90,3 +90,5 @@ def main(job: dict[str, Any]) -> None:
 if __name__ == "__main__":
     for each in json.loads(sys.argv[1]):
         main(each)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # its threads must not outlive the interpreter
