@@ -270,8 +270,10 @@ class FastDPOTrainer(CheckpointMixin, ReferenceStoreMixin, MemoryTrialMixin, Sco
 
         def train() -> None:
             if held is not None and first is not None:
-                self._backward(held, first, coefficients)
-                kept.difference_update(first.indices.tolist())
+                own = set(first.indices.tolist())
+                if kept & own or self.is_fsdp_enabled:  # where ranks go backward together
+                    self._backward(held, first, coefficients)
+                kept.difference_update(own)
             for micro, counts in self.in_step(batch, self.cut(batch, self.memory.train_tokens, kept)):
                 self._backward(self.forward_tokens(self.policy(), micro), micro, coefficients, counts)
 
