@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -323,6 +324,9 @@ def test_a_memory_limit_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """More memory holds more tokens, in proportion; less than the process has says so, with the numbers."""
     monkeypatch.setattr(memory_trial, "map_large_blocks", lambda: True)  # not for the rest of the tests
     held = psutil.Process().memory_info().rss
+    resident = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=held))
+    # What earlier tests left comes and goes meanwhile
+    monkeypatch.setattr(memory_trial, "psutil", SimpleNamespace(Process=lambda: resident))
     # Wide enough for a token to take some 50 kB
     model = {"hidden_size": 128, "intermediate_size": 512, "max_position_embeddings": 4096}
     options: dict[str, Any] = {"max_steps": 1, "ref_model": None, "per_device_train_batch_size": 64}
@@ -337,8 +341,8 @@ def test_a_memory_limit_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return trainer.memory.train_tokens
 
     # 0.9 of the limit is planned for
-    small, large = budget(held // 9 + 80_000_000), budget(held // 9 + 140_000_000)
-    assert 32 < small < large
+    small, large = budget(held // 9 + 30_000_000), budget(held // 9 + 70_000_000)
+    assert 32 < small < large, (small, large)
     trainer = tiny.trainer(tmp_path / "none", model=tiny.llama(**model), memory_limit="100MB", **options)
     with pytest.raises(OutOfMemory, match=r"memory_limit='100MB': \d+\.\d+ GB are taken .* the longest pair has 4\d"):
         trainer.train()
