@@ -91,4 +91,8 @@ if __name__ == "__main__":
     for each in json.loads(sys.argv[1]):
         main(each)
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # its threads must not outlive the interpreter
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # gloo's threads now and then abort an interpreter that ends by itself, after all is done
