@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from typing import Any
 
@@ -11,6 +10,7 @@ import tiny
 import torch
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from worker import leave
 
 
 def load(job: dict[str, Any]) -> PreTrainedModel:
@@ -69,9 +69,4 @@ def main(job: dict[str, Any]) -> None:
 if __name__ == "__main__":
     for each in json.loads(sys.argv[1]):
         main(each)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)  # gloo's threads now and then abort an interpreter that ends by itself, after all is done
+    leave()

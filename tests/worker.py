@@ -87,12 +87,18 @@ def main(job: dict[str, Any]) -> None:
         torch.save({"state": state(trainer), "log": log, "metrics": metrics, "failures": of_ranks}, job["result"])
 
 
+def leave() -> None:
+    """End this process; where there are several ranks, once all are done and without the interpreter's teardown, which
+    gloo's threads abort now and then."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
 if __name__ == "__main__":
     for each in json.loads(sys.argv[1]):
         main(each)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)  # gloo's threads now and then abort an interpreter that ends by itself, after all is done
+    leave()
