@@ -125,7 +125,6 @@ def test_failure_of_a_process_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[training.Bench]:
     """Both trainers on a tiny model in 4 bits, in this process."""
-    pytest.importorskip("trl")
     model, folder = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("outcomes")
     llama(hidden_size=64, intermediate_size=128).save_pretrained(model)
     tokenizer().save_pretrained(model)

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import trl
 from datasets import Dataset
 from test_training_step import KeepGradients
 
 from fastdpo import FastDPOConfig, FastDPOTrainer
-
-trl = pytest.importorskip("trl")
 
 PAIRS = 8
 

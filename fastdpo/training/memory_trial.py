@@ -65,8 +65,8 @@ class MemoryTrialMixin(ScoringMixin):
             self.memory.settle(self._found_by_trial())
         elif self.args.device.type == "cuda" and self.args.memory_limit is not None:
             raise ValueError(
-                f"memory_limit={self.args.memory_limit!r} cannot be tried out with FSDP, where ranks wait for each other "
-                "in the middle of a forward. Set micro_batch_tokens to a number."
+                f"memory_limit={self.args.memory_limit!r} cannot be tried out with FSDP, where ranks wait for each "
+                "other in the middle of a forward. Set micro_batch_tokens to a number."
             )
         elif self.args.memory_limit_bytes is not None:
             self.memory.settle(self._found_by_counting(self.args.memory_limit_bytes))
