@@ -14,6 +14,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from fastdpo.estimate.skeleton import Skeleton, has_equal_layers, plain_head, with_layers
 from fastdpo.estimate.tracking import LiveBytes, workspaces
 from fastdpo.functional import linear_logprob
-from fastdpo.ops.tiles import MAX_CACHE, MAX_COLUMNS, MAX_ROWS, TILE_SHARE
+from fastdpo.ops.tiles import MAX_CACHE, MAX_COLUMNS, MAX_ROWS, TILE_SHARE, WORKSPACE, plan_fused, plan_gpu_tiles
 from fastdpo.training.attention import Segment, Segments, segments_active
 from fastdpo.training.config import ModelConfig
 from fastdpo.training.head import Head
@@ -149,7 +150,8 @@ class ActivationModel:
 
 def count_live(model: PreTrainedModel, row: Row, **options: Any) -> Live:
     """Bytes alive while one micro-batch is trained on, and while it is only scored. `options`: as `micro_batch`'s."""
-    counted = {**workspaces(), torch.ops.fastdpo.linear_logprob.default: head_workspace}
+    head = head_workspace_of(on_gpu=options.get("flash", False))
+    counted = {**workspaces(), torch.ops.fastdpo.linear_logprob.default: head}
     with micro_batch(model, row, **options) as forward:
         with LiveBytes(counted) as scoring, torch.no_grad():
             forward()
@@ -221,6 +223,8 @@ def micro_batch(
                 p.grad = grad
 
 
+#: Where `linear_logprob`'s `unit_gradient` stands among its arguments, behind hidden, weight and bias.
+_UNIT_GRADIENT = 6
 #: Layers of the two models that stand for a deep one of equal layers.
 SHALLOW = (2, 3)
 
@@ -283,13 +287,32 @@ class ConfigCounter:
 
 
 def head_workspace(hidden: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> int:
-    """What `linear_logprob` takes within itself: the tile, its copy as the GEMM's operand where the dtype is another
-    one, and the rows at work. The tile's size is the planner's upper bound, as the device's cache is not known."""
+    """What `linear_logprob` takes within itself on a CPU: the tile, its copy as the GEMM's operand where the dtype is
+    another one, and the rows at work. The tile's size is the planner's upper bound, as the cache is not known."""
     item, rows = weight.element_size(), min(len(hidden), MAX_ROWS)
     columns = min(MAX_COLUMNS, len(weight))
     tile = min(4 * rows * columns, int(MAX_CACHE * TILE_SHARE))
     converted = 0 if item == 4 else tile * item // 4 + 4 * rows * hidden.shape[1]
     return tile + converted
+
+
+def gpu_head_workspace(hidden: Tensor, weight: Tensor, bias: Tensor | None, *options: Any, workspace: int) -> int:
+    """The same on a GPU, for a workspace of so many bytes: exponentials of a chunk, accumulator and partial sums of the
+    fused product, without a gradient the sums alone; for float32 a tile of the separate fold.
+
+    options: of the operator; without them, those of a policy's pass.
+    """
+    rows, (vocab, width), item = len(hidden), weight.shape, min(hidden.element_size(), weight.element_size())
+    if item == 4:
+        return plan_gpu_tiles(rows, vocab, newer=True, itemsize=item, workspace=workspace).bytes()
+    unit_gradient = bool(options[_UNIT_GRADIENT]) if options else True
+    plan = plan_fused(rows, vocab, item, workspace, unit_gradient=unit_gradient)
+    return plan.bytes(vocab, width, item, unit_gradient=unit_gradient)
+
+
+def head_workspace_of(*, on_gpu: bool, workspace: int = WORKSPACE) -> Callable[..., int]:
+    """The function of the two above that serves a device."""
+    return partial(gpu_head_workspace, workspace=workspace) if on_gpu else head_workspace
 
 
 def _autocast(dtype: torch.dtype | None) -> AbstractContextManager[Any]:
