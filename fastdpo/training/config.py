@@ -89,8 +89,8 @@ class FastDPOConfig(TrainingArguments):
 
     Names follow TRL's DPOConfig where it has the option. Differences from TrainingArguments' defaults: `bf16` is on
     where the GPU has it, `optim` is paged 8-bit AdamW on a GPU with bitsandbytes, checkpointing is "auto",
-    `logging_steps` is 10, `logging_nan_inf_filter` is off and stays off. The batch that β, the filter and the loss see is
-    `per_device_train_batch_size × gradient_accumulation_steps` pairs per rank; how many of them share a forward is
+    `logging_steps` is 10, `logging_nan_inf_filter` is off and stays off. The batch that β, the filter and the loss see
+    is `per_device_train_batch_size × gradient_accumulation_steps` pairs per rank; how many of them share a forward is
     `micro_batch_tokens` and changes nothing but memory and speed.
     """
 
