@@ -87,9 +87,3 @@ def test_parts_have_the_derivatives_of_the_whole(name: str, tmp_path: Path) -> N
         torch.testing.assert_close(
             torch.cat([getattr(part, key) for part in found])[order], truth, rtol=1e-12, atol=1e-15
         )
-
-
-def test_a_coupled_batch_has_no_parts(tmp_path: Path) -> None:
-    objective = Objective(tiny.config(tmp_path, loss_type=["aot"]))
-    with pytest.raises(AssertionError):
-        objective.coefficients(scores(), objective.size(scores()))

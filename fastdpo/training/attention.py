@@ -18,7 +18,7 @@ tests, and what serves attention that has more to it than a softmax over keys (s
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -39,8 +39,15 @@ SEGMENT_ATTENTION = "fastdpo_segments"
 _KNOWN = frozenset(("is_causal", "position_ids", "use_cache", "output_attentions", "output_hidden_states"))
 #: FlashAttention, which variable lengths need, wants this and a 16-bit type.
 _FLASH_CAPABILITY = (8, 0)
-#: Until torch 2.11 `varlen_attn` takes fewer heads of keys than of queries as they are; from 2.12 on it has to be told.
-_ASKS_FOR_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def asks_for_gqa(varlen: Callable[..., Any]) -> bool:
+    """Whether this `varlen_attn` has to be told that keys have fewer heads than queries: from torch 2.12 on. Until 2.11
+    it takes them as they are."""
+    return "enable_gqa" in inspect.signature(varlen).parameters
+
+
+_ASKS_FOR_GQA = asks_for_gqa(varlen_attn)
 
 
 class UnsupportedAttention(TypeError):
