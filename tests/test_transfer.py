@@ -40,14 +40,11 @@ def test_the_host_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
         pinned.append(pin_memory)
         return make(size, dtype=dtype)
 
-    monkeypatch.setattr(
-        torch, "empty", lambda *size, pin_memory, **kwargs: (pinned.append(pin_memory), empty(*size, **kwargs))[1]
-    )
-
     def recorded(tensor: Tensor, device: torch.device, *, non_blocking: bool) -> Tensor:
         copies.append((device.type, non_blocking))
         return to(tensor, "meta")
 
+    monkeypatch.setattr(torch, "empty", empty)
     monkeypatch.setattr(Tensor, "to", recorded)
     found = transfer.to_device(TENSORS, torch.device("cuda"))
     assert (pinned, copies) == ([True], [("cuda", True)])
