@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -396,11 +397,14 @@ class _Deterministic(torch.autograd.Function):
 def test_deterministic_attention(wanted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flash's backward reads torch's flag when it runs; afterwards the flag is as it was."""
     monkeypatch.setattr(_Deterministic, "seen", [])
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "taken back afterwards")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     attend = attention._per_segment
     monkeypatch.setattr(attention, "_per_segment", lambda *args: _Deterministic.apply(attend(*args)))
     trainer = tiny.trainer(tmp_path, max_steps=1, deterministic_attention=wanted, micro_batch_tokens="60")
     trainer.train()
     assert set(_Deterministic.seen) == {(wanted, False)}
+    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if wanted else None)
     filled = torch.utils.deterministic.fill_uninitialized_memory
 
     def failing() -> None:

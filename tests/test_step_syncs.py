@@ -87,6 +87,18 @@ def test_the_host_waits_for_the_plan_and_the_check_only(name: str, tmp_path: Pat
         assert set(after) <= {"forward_tokens", "lay_out"}
 
 
+def test_ids_stay_on_the_host(tmp_path: Path) -> None:
+    """accelerate puts nothing on the device, one tensor at a time."""
+    trainer = tiny.trainer(tmp_path, eval_dataset=tiny.pairs(4))
+    loaders = (
+        trainer.get_train_dataloader(),
+        trainer.get_eval_dataloader(),
+        trainer.get_test_dataloader(trainer.eval_dataset),
+    )
+    assert [loader.device for loader in loaders] == [None] * 3
+    assert trainer.accelerator.device_placement
+
+
 def in_the_scorer(look: Callable[[Tensor], object]) -> Callable[[pytest.MonkeyPatch], None]:
     def plant(monkeypatch: pytest.MonkeyPatch) -> None:
         tokens = CompletionScorer.tokens

@@ -18,6 +18,7 @@ tests, and what serves attention that has more to it than a softmax over keys (s
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ SEGMENT_ATTENTION = "fastdpo_segments"
 #: Arguments of attention functions that say nothing about what is computed here: causality is the segments' own, and
 #: positions are in the queries and keys already.
 _KNOWN = frozenset(("is_causal", "position_ids", "use_cache", "output_attentions", "output_hidden_states"))
+#: Torch refuses products on CUDA in deterministic mode without it.
+_CUBLAS_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 #: FlashAttention, which variable lengths need, wants this and a 16-bit type.
 _FLASH_CAPABILITY = (8, 0)
 
@@ -298,6 +301,12 @@ def segments_active(models: Sequence[nn.Module]) -> Iterator[None]:
             model.set_attn_implementation(SEGMENT_ATTENTION)
             stack.callback(model.set_attn_implementation, own)
         yield
+
+
+def prepare_deterministic() -> None:
+    """What `deterministic` needs on CUDA, before the first product there: a workspace of cuBLAS of a fixed size. One that
+    the environment states already is left, and torch says so if it won't do."""
+    os.environ.setdefault(*_CUBLAS_WORKSPACE)
 
 
 @contextmanager

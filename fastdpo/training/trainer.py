@@ -13,6 +13,7 @@ repeated with a finer cut.
 The host waits for the device twice: for the pairs that a plan keeps, where there is one, and for the loss at the end,
 with which new reference log-probs come. All else that says what to launch is the host's own. Several ranks also wait
 where they have to agree: on memory that ran out, on dropout with coupled pairs, and with FSDP on the number of passes.
+With one row per answer, transformers looks in each forward whether rows hold several sequences, which waits too.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from fastdpo.backends import resolve_backend
 from fastdpo.data import PreferenceCollator
 from fastdpo.reference import BetaPlan, PreferenceOutput
 from fastdpo.training.artifacts import CARD_FILE, write_card
-from fastdpo.training.attention import deterministic
+from fastdpo.training.attention import deterministic, prepare_deterministic
 from fastdpo.training.batch import PairFeatures, TokenBatch
 from fastdpo.training.callbacks import (
     CommitStatistics,
@@ -133,6 +134,8 @@ class FastDPOTrainer(CheckpointMixin, ReferenceStoreMixin, MemoryTrialMixin, Sco
                 "launch), or choose one with CUDA_VISIBLE_DEVICES."
             )
         resolve_backend(args.backend, args.device)
+        if args.deterministic_attention:
+            prepare_deterministic()
         set_seed(args.seed)  # fresh adapters are random
         model = resolve_model(model, args, quantization_config, "model")
         ref_model = None if ref_model is None else resolve_model(ref_model, args, quantization_config, "ref_model")
