@@ -304,8 +304,8 @@ def segments_active(models: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def prepare_deterministic() -> None:
-    """What `deterministic` needs on CUDA, before the first product there: a workspace of cuBLAS of a fixed size. One that
-    the environment states already is left, and torch says so if it won't do."""
+    """What `deterministic` needs on CUDA, before the first product there: a workspace of cuBLAS of a fixed size. One
+    that the environment states already is left, and torch says so if it won't do."""
     os.environ.setdefault(*_CUBLAS_WORKSPACE)
 
 
