@@ -13,7 +13,7 @@ from fastdpo.checks import check_loss_options
 from fastdpo.dynamic_beta import DynamicBeta
 from fastdpo.losses import LOSSES
 from fastdpo.training.model_config import DataConfig, ModelConfig
-from fastdpo.training.option_checks import check_conditions, check_fields
+from fastdpo.training.option_checks import automatic_optimizer, check_conditions, check_fields
 from fastdpo.version import __version__
 
 __all__ = ["DataConfig", "FastDPOConfig", "ModelConfig"]
@@ -88,9 +88,9 @@ class FastDPOConfig(TrainingArguments):
     """TrainingArguments plus the options of DPO and β-DPO.
 
     Names follow TRL's DPOConfig where it has the option. Differences from TrainingArguments' defaults: `bf16` is on
-    where the GPU has it, `optim` is paged 8-bit AdamW on a GPU, checkpointing is "auto", `logging_steps` is 10,
-    `logging_nan_inf_filter` is off and stays off. The batch that β, the filter and the loss see is
-    `per_device_train_batch_size × gradient_accumulation_steps` pairs per rank; how many of them share a forward is
+    where the GPU has it, `optim` is paged 8-bit AdamW on a GPU with bitsandbytes, checkpointing is "auto",
+    `logging_steps` is 10, `logging_nan_inf_filter` is off and stays off. The batch that β, the filter and the loss see
+    is `per_device_train_batch_size × gradient_accumulation_steps` pairs per rank; how many of them share a forward is
     `micro_batch_tokens` and changes nothing but memory and speed.
     """
 
@@ -100,7 +100,9 @@ class FastDPOConfig(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps; below 1, a share of them."})
     optim: str = field(
         default="auto",
-        metadata={"help": "Optimizer. auto: bitsandbytes' paged 8-bit AdamW on a GPU, torch's AdamW on a CPU."},
+        metadata={
+            "help": "Optimizer. auto: on a GPU bitsandbytes' paged 8-bit AdamW, where that is installed; else torch's."
+        },
     )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Must stay off: a non-finite loss stops the run and is never averaged away."}
@@ -192,6 +194,13 @@ class FastDPOConfig(TrainingArguments):
             "choices": ["auto", "on", "off"],
         },
     )
+    deterministic_attention: bool = field(
+        default=False,
+        metadata={
+            "help": "Deterministic algorithms in training steps: on a GPU attention's backward then adds up in one "
+            "order, slower, and a resumed run is bitwise the same. On with full_determinism."
+        },
+    )
     packing: str = field(
         default="auto",
         metadata={"help": "Several sequences in a row instead of padding.", "choices": ["auto", "on", "off"]},
@@ -222,8 +231,7 @@ class FastDPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self._resolve_checkpointing()
         if self.optim == "auto":
-            # Paged 8-bit states: a quarter of the memory, and spikes of it go to the host
-            self.optim = "paged_adamw_8bit" if torch.cuda.is_available() and not self.use_cpu else "adamw_torch"
+            self.optim = automatic_optimizer(torch.cuda.is_available() and not self.use_cpu)
         if self.bf16 is None:
             self.bf16 = (
                 not self.fp16 and not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -236,6 +244,7 @@ class FastDPOConfig(TrainingArguments):
         checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None  # type: ignore[assignment]
         super().__post_init__()
         self.gradient_checkpointing = checkpointing
+        self.deterministic_attention |= self.full_determinism
         self.dataloader_pin_memory &= torch.accelerator.is_available()  # there is nothing to pin for
         self._refuse_unsupported()
         try:
