@@ -148,9 +148,9 @@ class ActivationModel:
         return Live(self.kept.at(tokens), self.peak.at(tokens), self.scoring_peak.at(tokens))
 
 
-def count_live(model: PreTrainedModel, row: Row, **options: Any) -> Live:
+def count_live(model: PreTrainedModel, row: Row, *, workspace: int = WORKSPACE, **options: Any) -> Live:
     """Bytes alive while one micro-batch is trained on, and while it is only scored. `options`: as `micro_batch`'s."""
-    head = head_workspace_of(on_gpu=options.get("flash", False))
+    head = head_workspace_of(on_gpu=options.get("flash", False), workspace=workspace)
     counted = {**workspaces(), torch.ops.fastdpo.linear_logprob.default: head}
     with micro_batch(model, row, **options) as forward:
         with LiveBytes(counted) as scoring, torch.no_grad():
@@ -234,7 +234,8 @@ class Training:
     """How a model is trained, as far as its activations depend on it.
 
     options: quantisation and LoRA. dtype: of what is not quantised, and of 4-bit compute. autocast: its dtype, or None.
-    flash: as `micro_batch` takes it. checkpointing: every layer is recomputed in the backward.
+    flash: as `micro_batch` takes it. checkpointing: every layer is recomputed in the backward. workspace: bytes that a
+    GPU's head may take for exponentials.
     """
 
     options: ModelConfig
@@ -242,6 +243,7 @@ class Training:
     autocast: torch.dtype | None = None
     flash: bool = False
     checkpointing: bool = False
+    workspace: int = WORKSPACE
 
 
 class ConfigCounter:
@@ -264,7 +266,8 @@ class ConfigCounter:
     def count(self, row: Row) -> Live:
         """`count_live` at full depth."""
         if row not in self._counts:
-            found = [count_live(each.model, row, **self.options(each)) for each in self.skeletons]
+            workspace = self.training.workspace
+            found = [count_live(each.model, row, workspace=workspace, **self.options(each)) for each in self.skeletons]
             deep = len(found) > 1
             self._counts[row] = found[0].extrapolated(found[1], self.layers - SHALLOW[1]) if deep else found[0]
         return self._counts[row]
@@ -310,7 +313,7 @@ def gpu_head_workspace(hidden: Tensor, weight: Tensor, bias: Tensor | None, *opt
     return plan.bytes(vocab, width, item, unit_gradient=unit_gradient)
 
 
-def head_workspace_of(*, on_gpu: bool, workspace: int = WORKSPACE) -> Callable[..., int]:
+def head_workspace_of(*, on_gpu: bool, workspace: int) -> Callable[..., int]:
     """The function of the two above that serves a device."""
     return partial(gpu_head_workspace, workspace=workspace) if on_gpu else head_workspace
 

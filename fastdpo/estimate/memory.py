@@ -189,7 +189,8 @@ class MemoryEstimator:
         live = self._offloaded(live, row, run)
         head = self.skeleton.head
         hidden = torch.empty(row.scored, head.weight.shape[1], device="meta")
-        tile = head_workspace_of(on_gpu=self.training.flash)(hidden, head.weight, None)
+        workspace_of = head_workspace_of(on_gpu=self.training.flash, workspace=self.training.workspace)
+        tile = workspace_of(hidden, head.weight, None)
         unit = hidden.numel() * self.training.dtype.itemsize if not head.weight.requires_grad else 0
         of_tile = "a chunk of exponentials with its sums" if self.training.flash else "one tile of logits"
         workspace = max(0, live.peak - live.kept - tile)

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils.modeling import convert_file_size_to_int
 from transformers import TrainingArguments
 
 from fastdpo.checks import check_loss_options
 from fastdpo.dynamic_beta import DynamicBeta
 from fastdpo.losses import LOSSES
+from fastdpo.ops.tiles import MIN_WORKSPACE
 from fastdpo.training.model_config import DataConfig, ModelConfig
-from fastdpo.training.option_checks import automatic_optimizer, check_conditions, check_fields
+from fastdpo.training.option_checks import automatic_optimizer, bytes_of, check_conditions, check_fields
 from fastdpo.version import __version__
 
 __all__ = ["DataConfig", "FastDPOConfig", "ModelConfig"]
@@ -173,6 +173,13 @@ class FastDPOConfig(TrainingArguments):
         metadata={
             "help": "Memory that this process may use, such as 12GB; default: the GPU's own. Read by auto. On a CPU "
             "freed memory is then given back at once, which takes time."
+        },
+    )
+    head_workspace: str = field(
+        default="256MiB",
+        metadata={
+            "help": "On a GPU, what the head's exponentials of a chunk of the vocabulary may take; at least 64KiB. It "
+            "decides the order of sums, so a resumed run keeps it."
         },
     )
     gradient_checkpointing: str = field(
@@ -342,11 +349,10 @@ class FastDPOConfig(TrainingArguments):
                 raise ValueError(f"micro_batch_tokens={self.micro_batch_tokens!r}: 'auto' or a number of at least 1.")
 
     def _check_memory(self) -> None:
+        if bytes_of("head_workspace", self.head_workspace) < MIN_WORKSPACE:
+            raise ValueError(f"head_workspace={self.head_workspace!r}: at least 64KiB, such as 256MiB.")
         if self.memory_limit is not None:
-            try:
-                limit = convert_file_size_to_int(self.memory_limit.upper())
-            except ValueError as error:
-                raise ValueError(f"memory_limit={self.memory_limit!r}: a size such as 12GB or 8GiB.") from error
+            limit = bytes_of("memory_limit", self.memory_limit)
             if self.micro_batch_tokens != "auto":
                 raise ValueError(
                     f"memory_limit={self.memory_limit!r} has no effect with micro_batch_tokens="
@@ -368,7 +374,12 @@ class FastDPOConfig(TrainingArguments):
     @property
     def memory_limit_bytes(self) -> int | None:
         """`memory_limit` in bytes."""
-        return None if self.memory_limit is None else convert_file_size_to_int(self.memory_limit.upper())
+        return None if self.memory_limit is None else bytes_of("memory_limit", self.memory_limit)
+
+    @property
+    def head_workspace_bytes(self) -> int:
+        """`head_workspace` in bytes."""
+        return bytes_of("head_workspace", self.head_workspace)
 
     @property
     def train_token_budget(self) -> int:

@@ -8,6 +8,8 @@ import logging
 from dataclasses import fields
 from typing import Any
 
+from accelerate.utils.modeling import convert_file_size_to_int
+
 logger = logging.getLogger(__name__)
 
 
@@ -37,6 +39,14 @@ def check_conditions(config: Any, met: set[str], conditions: tuple[tuple[tuple[s
             default = field_.default_factory() if callable(field_.default_factory) else field_.default
             if getattr(config, name) != default and not met & {name, condition}:
                 raise ValueError(f"{name}={getattr(config, name)!r} has no effect here: {advice}")
+
+
+def bytes_of(name: str, size: str) -> int:
+    """A size such as 12GB or 8GiB in bytes. Raises ValueError, naming the option, for anything else."""
+    try:
+        return int(convert_file_size_to_int(size.upper()))
+    except ValueError as error:
+        raise ValueError(f"{name}={size!r}: a size such as 12GB or 8GiB.") from error
 
 
 def automatic_optimizer(on_gpu: bool) -> str:

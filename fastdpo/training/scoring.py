@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastdpo.functional import linear_logprob, selective_logprob
+from fastdpo.ops.tiles import WORKSPACE
 from fastdpo.reference import completion_weights
 from fastdpo.training.attention import mask_argument
 from fastdpo.training.head import Head, HeadReader, check_calls
@@ -84,10 +85,17 @@ class TokenScores:
 class CompletionScorer:
     """Runs micro-batches through a model and reduces token log-probs to the fields of `PairScores`."""
 
-    def __init__(self, ld_alpha: float | None = None, use_weighting: bool = False, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        ld_alpha: float | None = None,
+        use_weighting: bool = False,
+        backend: str = "auto",
+        workspace: int = WORKSPACE,
+    ) -> None:
         self.ld_alpha = ld_alpha
         self.use_weighting = use_weighting
         self.backend = backend
+        self.workspace = workspace
         self.heads = HeadReader()
 
     def tokens(self, model: PreTrainedModel, micro: MicroBatch, *, weighting: bool = False) -> TokenScores:
@@ -110,6 +118,7 @@ class CompletionScorer:
             ignore_index=None,
             backend=self.backend,
             stats=("log_sum_sq_probs",) if weighting else (),
+            workspace=self.workspace,
         )
         return (scored, None) if isinstance(scored, Tensor) else (scored[0], scored[1]["log_sum_sq_probs"])
 

@@ -171,7 +171,7 @@ class FastDPOTrainer(CheckpointMixin, ReferenceStoreMixin, MemoryTrialMixin, Sco
             self.reference.agree_on_fingerprint()
         self.objective = Objective(folded)
         self.scorer = CompletionScorer(
-            ld_alpha=folded.ld_alpha, use_weighting=folded.use_weighting, backend=folded.backend
+            folded.ld_alpha, folded.use_weighting, folded.backend, folded.head_workspace_bytes
         )
         self.memory = MemoryPlan(folded, self.model, repeats=not self.is_fsdp_enabled)
         models = [self.model] if ref_model is None else [self.model, ref_model]
