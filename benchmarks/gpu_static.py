@@ -3,8 +3,8 @@
     python -m benchmarks gpu_static --json
 
 A head call is policy forward and backward, and reference, through the fused product (`fastdpo.ops.fused_head`).
-    device time   2 fused products at `main_loop` of the bare GEMMs' rate, E W at that rate, and all bytes but the reading
-                  of hidden states and weight at the memory's bandwidth, as if no epilogue hid behind a product
+    device time   2 fused products at `main_loop` of the bare GEMMs' rate, E W at that rate, and all bytes but the
+                  reading of hidden states and weight at the memory's bandwidth, as if no epilogue hid behind a product
     host time     HOST_TRITON per Triton grid, HOST_PRODUCT per operator of torch's; it runs beside the device's
     predicted     the longer of the two
     bare          the three products' FLOPs

@@ -56,8 +56,8 @@ def compile_kernel(
 
 
 def measure(compiled: Any) -> dict[str, int]:
-    """Of a cubin: registers, bytes of stack with accesses to local memory ("spilled"), shared bytes, 128-bit accesses to
-    global memory, and how often the counted instructions stand in the code."""
+    """Of a cubin: registers, bytes of stack with accesses to local memory ("spilled"), shared bytes, 128-bit accesses
+    to global memory, and how often the counted instructions stand in the code."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -1,7 +1,7 @@
 """The head's fused product in Triton's interpreter, three ways: float64, plain torch in the dtype, and the kernels.
 
-The interpreter truncates float32 → bfloat16 where hardware rounds, so E is off by up to 2⁻⁸ there, and the gradient's own
-rounding by as much again. Every buffer is poisoned with NaN before a kernel writes it.
+The interpreter truncates float32 → bfloat16 where hardware rounds, so E is off by up to 2⁻⁸ there, and the gradient's
+own rounding by as much again. Every buffer is poisoned with NaN before a kernel writes it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastdpo.ops import fused_head, tile_loop
 from fastdpo.ops.head import Head
 from fastdpo.ops.tiles import WORKSPACE, plan_fused
 from fastdpo_kernels import head_gemm, head_merge, head_tiles
-from fastdpo_kernels.head_gemm import LIFT_LIMIT, Partials
+from fastdpo_kernels.head_gemm import LIFT_LIMIT, LogitScales, Partials
 from fastdpo_kernels.head_tiles import INTERPRETED, TILES, Tile
 
 #: Error beyond plain torch's, relative to the largest value: of log-probs, of gradients.
@@ -200,7 +200,7 @@ def test_logits_of_ten_thousand(softcap: float | None) -> None:
 
 
 def test_confident_rows_keep_the_digits_of_their_gradient() -> None:
-    """Logits (z, 0, 0), W = (1, 0, 0), target 0: dlogp/dh = 1 − p = 2/(eᶻ + 2), down to 1e-12, from bfloat16 operands."""
+    """Logits (z, 0, 0), W = (1, 0, 0), target 0: dlogp/dh = 1 − p = 2/(eᶻ + 2), down to 1e-12, from bfloat16."""
     z = torch.tensor([9.0, 14.0, 28.0])
     weight = torch.zeros(3, 8)
     weight[0, 0] = 1.0
@@ -219,14 +219,15 @@ def test_confident_rows_keep_the_digits_of_their_gradient() -> None:
 
 def test_masked_tokens_have_no_probability() -> None:
     """A bias of −∞ over more than a tile: what is left is a softmax of its own."""
-    data = problem(6, 16, 110, torch.float32)
-    data["bias"][:40] = -math.inf
-    data["targets"] = data["targets"] % 70 + 40
+    masked = INTERPRETED.columns + 9
+    data = problem(6, 16, masked + 70, torch.float32)
+    data["bias"][:masked] = -math.inf
+    data["targets"] = data["targets"] % 70 + masked
     logps, gradient, _ = ours(data, biased=True)
     rest = data | {
-        "weight": data["weight"][40:],
-        "bias": data["bias"][40:],
-        "targets": data["targets"] - 40,
+        "weight": data["weight"][masked:],
+        "bias": data["bias"][masked:],
+        "targets": data["targets"] - masked,
     }
     truth = exact(rest, biased=True)
     torch.testing.assert_close(logps.double(), truth[0], rtol=0.0, atol=2e-6)
@@ -459,7 +460,7 @@ def test_what_a_search_runs_is_a_product() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(head_gemm, "tile_for", tile_for)
-        head_gemm.fused_tile(data["hidden"], data["weight"], softcap=3.0)
+        head_gemm.fused_tile(data["hidden"], data["weight"], LogitScales(softcap=3.0))
     assert seen == ["capped"]
 
 
@@ -483,9 +484,7 @@ def test_what_a_search_runs_is_a_product() -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_operands_that_do_not_fit_are_refused(
-    changes: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_operands_that_do_not_fit_are_refused(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     inputs: dict[str, Any] = {
         "hidden": torch.zeros(4, 8).bfloat16(),
         "weight": torch.zeros(40, 8).bfloat16(),

@@ -22,8 +22,8 @@ FIELDS = {"card", "rows", "hidden", "vocab", "launches", "bytes_per_logit", "pre
 
 
 def test_budgets() -> None:
-    """At 4,096 × 4,096 × 128,256 with E in 256 MiB. By hand, with C = 4 chunks: target logits, C products with the fold,
-    C products E W, merge, rescue, the backward's scaling, and two launches of the reference."""
+    """At 4,096 × 4,096 × 128,256 with E in 256 MiB. By hand, with C = 4 chunks: target logits, C products with the
+    fold, C products E W, merge, rescue, the backward's scaling, and two launches of the reference."""
     assert WORKSPACE == 256 * 2**20
     command = [sys.executable, "-m", "benchmarks", "gpu_static", "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)

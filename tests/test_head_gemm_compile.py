@@ -72,9 +72,14 @@ def compile_case(kind: str, way: str, bias: str, architecture: int) -> dict[str,
     unaligned = frozenset({"rows", "columns", "hidden_units"})
     return measure(
         compile_kernel(
-            _head_gemm_kernel, constants, types, architecture,
-            unaligned=unaligned, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+            _head_gemm_kernel,
+            constants,
+            types,
+            architecture,
+            unaligned=unaligned,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
     )
 
 

@@ -448,8 +448,8 @@ def test_plans(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_plans_of_a_gpu_follow_the_workspace_and_no_cache() -> None:
-    """By hand: 256 MiB hold 4,096 × 10,922 elements of 4 + 2 bytes, of which a program takes 8,192 columns; 8,192 rows of
-    16-bit exponentials are 16,384 columns wide, and 128,256 columns in 8 equal chunks of whole steps are 16,128."""
+    """By hand: 256 MiB hold 4,096 × 10,922 elements of 4 + 2 bytes, of which a program takes 8,192 columns; 8,192 rows
+    of 16-bit exponentials are 16,384 columns wide, and 128,256 columns in 8 equal chunks of whole steps are 16,128."""
     older = {"vocab_size": 128_256, "newer": False, "itemsize": 2, "workspace": WORKSPACE}
     assert plan_gpu_tiles(4096, **older) == TilePlan(4096, 8192)
     assert plan_gpu_tiles(4097, **older) == TilePlan(2049, 8192)

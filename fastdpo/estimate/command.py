@@ -18,8 +18,8 @@ from fastdpo.estimate.architectures import find_config, known_architectures, sto
 from fastdpo.estimate.devices import GPUS, Device, measured_cpu
 from fastdpo.estimate.memory import MemoryEstimator, Part, Run, Surroundings
 from fastdpo.estimate.timing import KINDS, StepTimes, optimizer_seconds, time_micro_batch
-from fastdpo.options import make_parser, parse
 from fastdpo.ops.tiles import MIN_WORKSPACE
+from fastdpo.options import make_parser, parse
 from fastdpo.training.config import DEFAULT_MICRO_BATCH_TOKENS, ModelConfig, check_fields
 from fastdpo.training.option_checks import bytes_of
 

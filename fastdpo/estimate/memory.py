@@ -20,7 +20,15 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoTokenizer, PretrainedConfig
 
-from fastdpo.estimate.activations import ActivationModel, ConfigCounter, Live, PairShape, Row, Training, head_workspace_of
+from fastdpo.estimate.activations import (
+    ActivationModel,
+    ConfigCounter,
+    Live,
+    PairShape,
+    Row,
+    Training,
+    head_workspace_of,
+)
 from fastdpo.estimate.architectures import StoredWeights
 from fastdpo.estimate.skeleton import Skeleton, quantization_constants, resident_bytes
 from fastdpo.training.memory_plan import SCORING_BUDGET_FACTOR

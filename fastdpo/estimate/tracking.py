@@ -8,6 +8,7 @@ What an operator takes and frees within itself is invisible here, so operators w
 
 from __future__ import annotations
 
+import contextlib
 import math
 import weakref
 from collections.abc import Callable, Mapping
@@ -94,8 +95,6 @@ def workspaces() -> Workspaces:
     known: dict[Any, Callable[..., int]] = {
         torch.ops.torch_attn._varlen_attn_backward.default: flash_backward_workspace
     }
-    try:
+    with contextlib.suppress(AttributeError):
         known[torch.ops.bitsandbytes.gemm_4bit.default] = gemm_4bit_workspace
-    except AttributeError:
-        pass
     return known

@@ -22,7 +22,7 @@ from torch import Tensor
 from fastdpo.ops.head import Head
 from fastdpo.ops.tiles import FusedPlan, plan_fused
 from fastdpo_kernels import head_gemm, head_merge
-from fastdpo_kernels.head_gemm import Partials, Reference
+from fastdpo_kernels.head_gemm import LogitScales, Partials, Reference
 from fastdpo_kernels.head_tiles import Tile
 
 #: Environment variable: "separate" has the separate fold serve everything, "fused" refuses what is not fused.
@@ -60,7 +60,9 @@ def _refusal(head: Head, unit_gradient: bool, stats: Sequence[str]) -> str:
         return "float16 cannot hold exponentials of any range"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"there is no kernel for {dtype}"
-    if weight.stride(1) != 1 or any(size * weight.itemsize % ROW_ALIGNMENT for size in (weight.stride(0), len(weight[0]))):
+    if weight.stride(1) != 1 or any(
+        size * weight.itemsize % ROW_ALIGNMENT for size in (weight.stride(0), len(weight[0]))
+    ):
         return (
             f"rows of the weight, {weight.shape[1]} elements with strides {weight.stride()}, do not begin and end at "
             f"multiples of {ROW_ALIGNMENT} bytes"
@@ -99,6 +101,10 @@ def forward(
     return spread(logps), spread(lse), spread(gradient) if unit_gradient else gradient, values
 
 
+def _scales(head: Head) -> LogitScales:
+    return LogitScales(head.logit_scale, head.temperature, head.softcap)
+
+
 def _aligned(hidden: Tensor) -> Tensor:
     """Rows that begin at multiples of ROW_ALIGNMENT bytes where the weight's do; a copy only of odd strides."""
     aligned = hidden.stride(1) == 1 and hidden.stride(0) * hidden.itemsize % ROW_ALIGNMENT == 0
@@ -109,7 +115,7 @@ def _fill(
     head: Head, hidden: Tensor, targets: Tensor, logps: Tensor, lse: Tensor, gradient: Tensor | None, workspace: int
 ) -> None:
     """Write log-probs, log-normalizers and unit gradients of all rows, a balanced part of them at a time."""
-    tile = head_gemm.fused_tile(hidden, head.weight, softcap=head.softcap)
+    tile = head_gemm.fused_tile(hidden, head.weight, _scales(head))
     plan = plan_fused(len(hidden), len(head.weight), hidden.itemsize, workspace, unit_gradient=gradient is not None)
     room = _Room(plan, tile, hidden, len(head.weight), gradient is not None)
     for start in range(0, len(hidden), plan.rows):
@@ -128,31 +134,30 @@ def _fill_rows(
     lse: Tensor,
     gradient: Tensor | None,
 ) -> None:
-    scales = {"logit_scale": head.logit_scale, "temperature": head.temperature, "softcap": head.softcap}
-    weight, bias, vocab = head.weight, head.bias, len(head.weight)
+    weight, bias, vocab, scales = head.weight, head.bias, len(head.weight), _scales(head)
     partials = room.partials(len(hidden))
     if gradient is None:
-        head_gemm.head_gemm(hidden, weight, bias, targets, partials, room.tile, **scales)
-        head_merge.merge(partials, targets, logps, lse, vocab_size=vocab, **scales)
+        head_gemm.head_gemm(hidden, weight, bias, targets, partials, room.tile, scales=scales)
+        head_merge.merge(partials, targets, logps, lse, vocab_size=vocab, scales=scales)
         return
     reference, accumulator = room.reference(len(hidden)), room.accumulator(len(hidden))
-    head_gemm.target_logits(hidden, weight, bias, targets, reference, **scales)
+    head_gemm.target_logits(hidden, weight, bias, targets, reference, scales)
     for first in range(0, vocab, plan.columns):
         part = weight[first : first + plan.columns]
         exps = room.exps(len(hidden), len(part))
         head_gemm.head_gemm(
             hidden, weight, bias, targets, partials, room.tile,
-            first_column=first, columns=len(part), exps=exps, reference=reference, **scales,
+            first_column=first, columns=len(part), exps=exps, reference=reference, scales=scales,
         )  # fmt: skip
         # On a CPU, where Triton interprets, no product of 16-bit operands has a float32 result
         exps, part = head.upcast(exps), head.upcast(part)
         (head.matmul if first == 0 else head.matmul_add)(exps, part, accumulator)
     head_merge.merge(
         partials, targets, logps, lse,
-        vocab_size=vocab, weight=weight, reference=reference, accumulator=accumulator, gradient=gradient, **scales,
+        vocab_size=vocab, weight=weight, reference=reference, accumulator=accumulator, gradient=gradient, scales=scales,
     )  # fmt: skip
     head_merge.rescue_(
-        reference.flags, hidden, weight, bias, targets, partials.target_raw, logps, lse, accumulator, gradient, **scales
+        reference.flags, hidden, weight, bias, targets, partials.target_raw, logps, lse, accumulator, gradient, scales
     )
 
 

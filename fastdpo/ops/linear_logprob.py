@@ -161,7 +161,8 @@ define(
 )
 define(
     "linear_logprob_backward",
-    f"(Tensor grad, Tensor lse, Tensor logps, {_HEAD}, bool[] needs, int workspace, str backend) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor grad, Tensor lse, Tensor logps, {_HEAD}, bool[] needs, int workspace, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
     _fake_backward,
     {"torch": f"{_BACKENDS}:torch_backward", "triton": f"{_BACKENDS}:triton_backward"},
 )

@@ -39,9 +39,7 @@ class _Tiles:
         self.head = head
         vocab, hidden = head.weight.shape
         item = head.operand_dtype.itemsize
-        self.plan: TilePlan = plan_tiles(
-            rows, vocab, hidden, head.weight.device, itemsize=item, workspace=workspace
-        )
+        self.plan: TilePlan = plan_tiles(rows, vocab, hidden, head.weight.device, itemsize=item, workspace=workspace)
         size = self.plan.rows * self.plan.columns
         self.buffer = torch.empty(size, dtype=head.accumulate_dtype, device=head.weight.device)
 
@@ -149,9 +147,7 @@ def backward(
     grad_weight = weight.new_empty(weight.shape if of_weight else 0)
     grad_bias = weight.new_empty(0) if bias is None or not of_bias else bias.new_empty(bias.shape)
     tiles = _Tiles(head, len(targets), workspace)
-    folds = [
-        (chunk, make_fold(head, targets[chunk], ())) for chunk in _chunks(None, len(targets), tiles.plan.rows)
-    ]
+    folds = [(chunk, make_fold(head, targets[chunk], ())) for chunk in _chunks(None, len(targets), tiles.plan.rows)]
     for first, part in head.slices(tiles.plan):
         columns = slice(first, first + len(part))
         of_part = lse.new_empty(part.shape if of_weight else 0)

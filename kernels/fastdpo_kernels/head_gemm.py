@@ -8,8 +8,8 @@ and of the target x_y. With an E buffer it also stores, in the operand's dtype,
     E = e^(z − m̂)·(1 − tanh²), 0 at the target,
 for one product E W that follows. m̂ is the target's logit from a dot product of its own (`target_logits`), so all chunks
 of the vocabulary share one reference and nothing is ever rescaled. bfloat16 has float32's range: the relative error of
-E is 2⁻⁹ for any m̂. Where a logit exceeds m̂ by more than LIFT_LIMIT, E is clamped and the row is flagged, to be computed
-anew by `head_merge.rescue_`. Log-probs take tops and sums only, never m̂.
+E is 2⁻⁹ for any m̂. Where a logit exceeds m̂ by more than LIFT_LIMIT, its row is flagged, and computed anew by
+`head_merge.rescue_`, whatever E became. Log-probs take tops and sums only, never m̂.
 
 FLOPs: 2·R·H·C. Bytes: 2 per element of E, and 8 per row and tile. No atomics, no locks: every run gives the same bits.
 """
@@ -28,11 +28,32 @@ from fastdpo_kernels.device_math import tanh
 from fastdpo_kernels.head_tiles import Tile, tile_for, variant
 from fastdpo_kernels.launch_checks import check_bias, check_rows, check_tile
 
-#: How far above m̂ a logit may be, in units of log 2: E stays below 2^92, and the sum of a row of any vocabulary, times
-#: a weight, within float32.
+#: How far above m̂ a logit may be, in units of log 2: E stays below 2^92 then, and the sum of a row over any vocabulary,
+#: times a weight, within float32.
 LIFT_LIMIT = 92.0
+LOG_2 = math.log(2.0)
 #: Columns that a search of tiles runs over.
 _SEARCHED_COLUMNS = 32768
+
+
+class LogitScales(NamedTuple):
+    """What happens to raw logits x: z = softcap·tanh(x·logit_scale/softcap)/temperature, or without a cap
+    x·logit_scale/temperature."""
+
+    logit_scale: float = 1.0
+    temperature: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def slope(self) -> float:
+        """dz/dx, less the cap's 1 − tanh²."""
+        return self.logit_scale / self.temperature
+
+    def arguments(self, unit: float = 1.0) -> tuple[float, float]:
+        """(in_scale, out_scale) of kernels: z/unit is in_scale·x, or with a cap out_scale·tanh(in_scale·x)."""
+        if self.softcap is None:
+            return self.slope / unit, 1.0
+        return self.logit_scale / self.softcap, self.softcap / self.temperature / unit
 
 
 class Partials(NamedTuple):
@@ -48,6 +69,9 @@ class Reference(NamedTuple):
 
     estimate: Tensor  # (R,) float32, m̂ over log 2
     flags: Tensor  # (R,) int32, 1 where a logit was more than LIFT_LIMIT above
+
+
+PLAIN = LogitScales()
 
 
 # Kernels
@@ -94,8 +118,8 @@ def _head_gemm_kernel(
     pid_m = group * GROUP_M + in_group % height
     pid_n = in_group // height
 
-    # Offsets within a tile are 32-bit, from a 64-bit base. Rows and columns beyond the end read the last one, so that no
-    # load of the loop needs a mask for them
+    # Offsets within a tile are 32-bit, from a 64-bit base. Rows and columns beyond the end read the last one, so that
+    # no load of the loop needs a mask for them
     first_row, first = pid_m * BLOCK_M, pid_n * BLOCK_N
     r, c, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     inside_row, inside_column = r < rows - first_row, c < columns - first
@@ -146,7 +170,7 @@ def _head_gemm_kernel(
         # E = 2^(z − t)·2^(t − m̂)·(1 − tanh²)
         lift = centre - tl.load(estimate_ptr + row, mask=inside_row, other=0.0)
         tl.store(flags_ptr + row, tl.full((BLOCK_M,), 1, tl.int32), mask=inside_row & (lift > lift_limit))
-        exps = exps * tl.exp2(tl.minimum(lift, lift_limit))[:, None]
+        exps = exps * tl.exp2(lift)[:, None]
         if CAPPED:  # x is the tanh: its own derivative would be 64 more numbers alive, and spill
             exps *= 1.0 - x * x
         out = exps_ptr + first_row.to(tl.int64) * stride_exps + first + (r[:, None] * stride_exps + c[None, :])
@@ -200,14 +224,7 @@ _INTERPRETED = not isinstance(_head_gemm_kernel, triton.runtime.JITFunction)
 # Launchers
 
 
-def log2_scales(logit_scale: float, temperature: float, softcap: float | None) -> tuple[float, float]:
-    """(in_scale, out_scale): z/log 2 is in_scale·x, or with a cap out_scale·tanh(in_scale·x)."""
-    if softcap is None:
-        return logit_scale / temperature / math.log(2.0), 1.0
-    return logit_scale / softcap, softcap / temperature / math.log(2.0)
-
-
-def fused_tile(hidden: Tensor, weight: Tensor, *, softcap: float | None = None) -> Tile:
+def fused_tile(hidden: Tensor, weight: Tensor, scales: LogitScales = PLAIN) -> Tile:
     """The tile of `head_gemm` for these operands, from the table or by a search over the first columns of `weight`."""
 
     def run(tile: Tile) -> None:
@@ -218,10 +235,10 @@ def fused_tile(hidden: Tensor, weight: Tensor, *, softcap: float | None = None) 
         targets = torch.zeros(rows, dtype=torch.int64, device=hidden.device)
         head_gemm(
             hidden, weight, None, targets, partials, tile,
-            columns=columns, exps=hidden.new_empty(rows, columns), reference=reference, softcap=softcap,
+            columns=columns, exps=hidden.new_empty(rows, columns), reference=reference, scales=scales,
         )  # fmt: skip
 
-    return tile_for(hidden.device, variant(hidden.dtype, capped=softcap is not None), run)
+    return tile_for(hidden.device, variant(hidden.dtype, capped=scales.softcap is not None), run)
 
 
 def target_logits(
@@ -230,10 +247,7 @@ def target_logits(
     bias: Tensor | None,
     targets: Tensor,
     out: Reference,
-    *,
-    logit_scale: float = 1.0,
-    temperature: float = 1.0,
-    softcap: float | None = None,
+    scales: LogitScales = PLAIN,
 ) -> None:
     """m̂ of every row, the target's logit by a dot product in float32, into `out`, with no row flagged.
 
@@ -250,8 +264,8 @@ def target_logits(
     _target_logits_kernel[(len(hidden),)](
         hidden, weight, bias, targets, out.estimate, out.flags,
         hidden.shape[1], len(weight), hidden.stride(0), weight.stride(0),
-        *log2_scales(logit_scale, temperature, softcap),
-        CAPPED=softcap is not None, BLOCK=1024, num_warps=4,
+        *scales.arguments(LOG_2),
+        CAPPED=scales.softcap is not None, BLOCK=1024, num_warps=4,
     )  # fmt: skip
 
 
@@ -267,9 +281,7 @@ def head_gemm(
     columns: int | None = None,
     exps: Tensor | None = None,
     reference: Reference | None = None,
-    logit_scale: float = 1.0,
-    temperature: float = 1.0,
-    softcap: float | None = None,
+    scales: LogitScales = PLAIN,
 ) -> None:
     """One launch over `columns` columns of the vocabulary (default: all), as the module says.
 
@@ -310,8 +322,8 @@ def head_gemm(
         hidden, weight, bias, targets, estimate, *partials, exps, flags,
         rows, hidden.shape[1] // unit, first_column, columns,
         hidden.stride(0), weight.stride(0), 0 if exps is None else exps.stride(0),
-        *log2_scales(logit_scale, temperature, softcap), LIFT_LIMIT,
-        CAPPED=softcap is not None,
+        *scales.arguments(LOG_2), LIFT_LIMIT,
+        CAPPED=scales.softcap is not None,
         PRECISION="tf32" if hidden.dtype == torch.float32 else "ieee",
         UPCAST=hidden.dtype == torch.bfloat16 and _INTERPRETED,
         UNIT=unit,

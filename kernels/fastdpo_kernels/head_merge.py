@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdpo_kernels.device_math import expm1, final_logit, log1p, tanh
-from fastdpo_kernels.head_gemm import Partials, Reference, log2_scales
+from fastdpo_kernels.head_gemm import LOG_2, PLAIN, LogitScales, Partials, Reference
 from fastdpo_kernels.launch_checks import check_rows, check_tile
 
 _LOG_2 = tl.constexpr(0.6931471805599453)
@@ -183,9 +183,7 @@ def merge(
     reference: Reference | None = None,
     accumulator: Tensor | None = None,
     gradient: Tensor | None = None,
-    logit_scale: float = 1.0,
-    temperature: float = 1.0,
-    softcap: float | None = None,
+    scales: LogitScales = PLAIN,
 ) -> None:
     """Log-probs and log-normalizers of R rows, and with `gradient` the unit gradients from the accumulated E W.
 
@@ -212,8 +210,8 @@ def merge(
         accumulator, weight, gradient, rows, tiles, vocab_size,
         0 if gradient is None else gradient.shape[1],
         *(0 if each is None else each.stride(0) for each in (accumulator, weight, gradient)),
-        *log2_scales(logit_scale, temperature, softcap), logit_scale / temperature,
-        CAPPED=softcap is not None, ROWS=_ROWS, TILES=_TILES, BLOCK=_BLOCK, num_warps=4,
+        *scales.arguments(LOG_2), scales.slope,
+        CAPPED=scales.softcap is not None, ROWS=_ROWS, TILES=_TILES, BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
 
 
@@ -228,10 +226,7 @@ def rescue_(
     lse: Tensor,
     accumulator: Tensor,
     gradient: Tensor,
-    *,
-    logit_scale: float = 1.0,
-    temperature: float = 1.0,
-    softcap: float | None = None,
+    scales: LogitScales = PLAIN,
 ) -> None:
     """The unit gradients of flagged rows anew, in float32 products; other rows are not touched.
 
@@ -246,15 +241,11 @@ def rescue_(
     check_tile("accumulator", accumulator, torch.float32, shape=gradient.shape)
     if rows == 0:
         return
-    if softcap is None:
-        scales = logit_scale / temperature, 1.0
-    else:
-        scales = logit_scale / softcap, softcap / temperature
     _rescue_kernel[(rows,)](
         flags, hidden, weight, bias, targets, target_raw, logps, lse, accumulator, gradient,
         len(weight), hidden.shape[1], hidden.stride(0), weight.stride(0), accumulator.stride(0), gradient.stride(0),
-        *scales, logit_scale / temperature,
-        CAPPED=softcap is not None, TOKENS=_RESCUE_TOKENS, BLOCK=_RESCUE_BLOCK, num_warps=8,
+        *scales.arguments(), scales.slope,
+        CAPPED=scales.softcap is not None, TOKENS=_RESCUE_TOKENS, BLOCK=_RESCUE_BLOCK, num_warps=8,
     )  # fmt: skip
 
 
