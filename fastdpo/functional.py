@@ -37,8 +37,8 @@ def linear_logprob(
 
     Rows with `ignore_index` never reach a GEMM. A frozen head costs one GEMM of 2·N·H·V FLOPs, or two if `hidden` needs
     a gradient, whose backward then costs none; a trainable weight or bias recomputes the logits in the backward. Above
-    inputs and outputs a tile of logits is in memory (`fastdpo.ops.tiles`), whatever V is; on a GPU none where the fold is
-    in the product's epilogue (`fastdpo.ops.fused_head`, which says what it serves).
+    inputs and outputs a tile of logits is in memory (`fastdpo.ops.tiles`), whatever V is; on a GPU none where the fold
+    is in the product's epilogue (`fastdpo.ops.fused_head`, which says what it serves).
 
     Args:
         hidden: (..., H), floating point.

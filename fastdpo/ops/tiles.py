@@ -6,7 +6,7 @@ and its slice of the weight should survive in the cache between the two GEMMs. M
 1,024 rows, fp32, policy forward and backward and reference over three bare GEMMs of the same shapes, at H = 576, 2048,
 896 (V = 49152, 32000, 151936): tiles of 1,024 × 1,024 give 0.98, 1.00, 1.01; 1,024 × 2,048 give 0.99, 1.01, 1.04; in a
 sketch, 1,024 × 4,096 gave 1.03, 1.06, 1.10 and 512 × 4,096 gave 1.04, 1.12, 1.14. On a GPU the cache decides nothing
-and launches do (an estimated 55 to 80 µs of host per tile): tiles are as large as the caller's workspace and a program's
+and launches do (an estimated 55 to 80 µs of host per tile): tiles are as large as workspace and a program's
 registers allow. The fused product (`fused_head`) has no tiles in memory: there a chunk is what E holds.
 
 Rows are cut into equal parts: 1,025 are 513 + 512, as a part of one row costs a sweep over the vocabulary.
