@@ -217,8 +217,9 @@ def test_confident_rows_keep_the_digits_of_their_gradient() -> None:
     assert (gradient[:, 1:] == 0.0).all()
 
 
-def test_masked_tokens_have_no_probability() -> None:
-    """A bias of −∞ over more than a tile: what is left is a softmax of its own."""
+def test_masked_tokens_have_no_probability(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bias of −∞ over more than a tile, which is merged first: what is left is a softmax of its own."""
+    monkeypatch.setattr(head_merge, "_TILES", 1)
     masked = INTERPRETED.columns + 9
     data = problem(6, 16, masked + 70, torch.float32)
     data["bias"][:masked] = -math.inf

@@ -157,7 +157,7 @@ def _fill_rows(
         vocab_size=vocab, weight=weight, reference=reference, accumulator=accumulator, gradient=gradient, scales=scales,
     )  # fmt: skip
     head_merge.rescue_(
-        reference.flags, hidden, weight, bias, targets, partials.target_raw, logps, lse, accumulator, gradient, scales
+        reference.flags, hidden, weight, bias, targets, partials.target_raw, lse, accumulator, gradient, scales
     )
 
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdpo_kernels.device_math import expm1, final_logit, log1p, tanh
+from fastdpo_kernels.device_math import final_logit, log1p, tanh
 from fastdpo_kernels.head_gemm import LOG_2, PLAIN, LogitScales, Partials, Reference
 from fastdpo_kernels.launch_checks import check_rows, check_tile
 
@@ -115,7 +115,6 @@ def _rescue_kernel(
     bias_ptr: tl.tensor | None,
     targets_ptr: tl.tensor,
     target_raw_ptr: tl.tensor,
-    logps_ptr: tl.tensor,
     lse_ptr: tl.tensor,
     accumulator_ptr: tl.tensor,
     gradient_ptr: tl.tensor,
@@ -150,8 +149,8 @@ def _rescue_kernel(
             if bias_ptr is not None:
                 x += tl.load(bias_ptr + token, mask=token < vocab, other=0.0).to(tl.float32)
             z, damping = final_logit(x, in_scale, out_scale, CAPPED)
-            # p_v·(1 − tanh²); the target's share follows at the end
-            p = tl.where((token < vocab) & (token != target), tl.exp(z - lse) * damping, 0.0)
+            # p_v·(1 − tanh²); of a flagged row's target it is nothing: p_y < 2^−LIFT_LIMIT
+            p = tl.where(token < vocab, tl.exp(z - lse) * damping, 0.0)
             for start in range(0, hidden, BLOCK):
                 k = start + tl.arange(0, BLOCK)
                 mask = (token < vocab)[:, None] & (k < hidden)[None, :]
@@ -159,8 +158,10 @@ def _rescue_kernel(
                 before = tl.load(sums + k, mask=(k < hidden) & (first > 0), other=0.0)
                 tl.store(sums + k, before + tl.sum(w * p[:, None], axis=0), mask=k < hidden)
             tl.debug_barrier()  # the next block of tokens reads what other threads may have written
-        _, damping = final_logit(tl.load(target_raw_ptr + row), in_scale, out_scale, CAPPED)
-        share = -expm1(tl.load(logps_ptr + row)) * damping
+        # 1 − p_y = 1
+        share = 1.0
+        if CAPPED:
+            _, share = tanh(tl.load(target_raw_ptr + row) * in_scale)
         for start in range(0, hidden, BLOCK):
             k = start + tl.arange(0, BLOCK)
             w = tl.load(weight_ptr + target * stride_weight + k, mask=k < hidden, other=0.0).to(tl.float32)
@@ -222,7 +223,6 @@ def rescue_(
     bias: Tensor | None,
     targets: Tensor,
     target_raw: Tensor,
-    logps: Tensor,
     lse: Tensor,
     accumulator: Tensor,
     gradient: Tensor,
@@ -232,17 +232,17 @@ def rescue_(
 
     Args:
         flags: (R,) int32.
-        target_raw, logps, lse: (R,), of `head_gemm` and `merge`, which hold for flagged rows too.
+        target_raw, lse: (R,), of `head_gemm` and `merge`, which hold for flagged rows too.
         accumulator: (R, H) float32; a flagged row's is overwritten.
         gradient: (R, H), written where flagged.
     """
     rows = len(hidden)
-    check_rows(rows, targets=targets, target_raw=target_raw, logps=logps, lse=lse)
+    check_rows(rows, targets=targets, target_raw=target_raw, lse=lse)
     check_tile("accumulator", accumulator, torch.float32, shape=gradient.shape)
     if rows == 0:
         return
     _rescue_kernel[(rows,)](
-        flags, hidden, weight, bias, targets, target_raw, logps, lse, accumulator, gradient,
+        flags, hidden, weight, bias, targets, target_raw, lse, accumulator, gradient,
         len(weight), hidden.shape[1], hidden.stride(0), weight.stride(0), accumulator.stride(0), gradient.stride(0),
         *scales.arguments(), scales.slope,
         CAPPED=scales.softcap is not None, TOKENS=_RESCUE_TOKENS, BLOCK=_RESCUE_BLOCK, num_warps=8,
