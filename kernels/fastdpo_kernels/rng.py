@@ -20,9 +20,9 @@ _UNIFORM_SCALE = tl.constexpr(4.6566127342e-10)
 @triton.jit
 def philox_uniform(seed: tl.tensor, step: tl.tensor, index: tl.tensor) -> tl.tensor:
     """Uniforms in (0, 1), float32. seed and step: integer scalars; index: a block of int32 or int64."""
-    c0 = tl.to_tensor(index).to(tl.uint32)
+    c0 = tl.cast(index, tl.uint32)
     zero = c0 * 0
-    c1 = zero + tl.to_tensor(step).to(tl.uint32)
+    c1 = zero + tl.cast(step, tl.uint32)
     word, _, _, _ = tl.philox(seed, c0, c1, zero, zero)
     return tl.maximum(uint_to_uniform_float(word), _UNIFORM_SCALE)
 
