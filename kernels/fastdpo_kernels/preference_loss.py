@@ -176,7 +176,7 @@ def _preference_loss_fwd_kernel(
             tau,
             gamma,
             likelihood,
-            LOSSES[i],
+            tl.constexpr(LOSSES[i]),  # triton 3.6 takes a plain string for a value
             SMOOTHED,
         )
         weight = loss_weights[i]
