@@ -14,6 +14,7 @@ from fastdpo.backends import resolve_backend
 from fastdpo.checks import check_head_options
 from fastdpo.ops.linear_logprob import check_head_tensors
 from fastdpo.ops.selective_logprob import check_logits, check_overwritable
+from fastdpo.ops.tiles import MIN_WORKSPACE, WORKSPACE
 from fastdpo.preference import preference_loss as preference_loss
 from fastdpo.preference import token_preference_loss as token_preference_loss
 
@@ -30,12 +31,14 @@ def linear_logprob(
     ignore_index: int | None = -100,
     backend: str = "auto",
     stats: Sequence[str] = (),
+    workspace: int = WORKSPACE,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Log-probs of the targets under the head, without its logits: z = (h Wᵀ + b)·logit_scale, capped, /temperature.
 
     Rows with `ignore_index` never reach a GEMM. A frozen head costs one GEMM of 2·N·H·V FLOPs, or two if `hidden` needs
     a gradient, whose backward then costs none; a trainable weight or bias recomputes the logits in the backward. Above
-    inputs and outputs a tile of logits (`fastdpo.ops.tiles`) is in memory, whatever V is.
+    inputs and outputs a tile of logits is in memory (`fastdpo.ops.tiles`), whatever V is; on a GPU none at all where the
+    fold is in the product's epilogue (`fastdpo.ops.fused_head`, which says what it serves).
 
     Args:
         hidden: (..., H), floating point.
@@ -49,6 +52,8 @@ def linear_logprob(
         stats: names of further outputs, over the distribution that is scored: "entropy" in nats, "mean_logits" over
             the vocabulary, "is_top1" (bool; the first of equal logits counts), "log_sum_sq_probs" = log Σ_v p_v². They
             carry no gradient.
+        workspace: bytes that a GPU's buffer of exponentials, or tile of logits, may take; at least 64 KiB. It decides
+            in which order the vocabulary is added up, so runs are bitwise equal only where it is the same.
 
     Returns:
         (...) log-probs in float32 (float64 for float64), 0 where ignored; with `stats`, also {name: (...)}, 0 or False
@@ -59,6 +64,8 @@ def linear_logprob(
     """
     check_head_options(stats, temperature=temperature, logit_scale=logit_scale, softcap=softcap)
     check_head_tensors(hidden, weight, bias, targets)
+    if workspace < MIN_WORKSPACE:
+        raise ValueError(f"workspace={workspace} bytes is too little; the least is {MIN_WORKSPACE}.")
     frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
     logps, _, _, values = torch.ops.fastdpo.linear_logprob(
         hidden.reshape(-1, hidden.shape[-1]),
@@ -73,6 +80,7 @@ def linear_logprob(
         hidden.requires_grad and frozen and torch.is_grad_enabled(),
         True,
         list(stats),
+        workspace,
         resolve_backend(backend, hidden.device, torch.promote_types(hidden.dtype, weight.dtype)),
     )
     logps = logps.view(targets.shape)

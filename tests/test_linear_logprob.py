@@ -20,7 +20,7 @@ from fastdpo import reference
 from fastdpo.checks import STATS
 from fastdpo.ops.head import Head
 from fastdpo.ops.linear_logprob import linear_logprob as operator
-from fastdpo.ops.tiles import TilePlan, plan_tiles
+from fastdpo.ops.tiles import MAX_ROWS, WORKSPACE, TilePlan, plan_fused, plan_gpu_tiles, plan_tiles
 
 BACKENDS = ("torch", "triton")
 # Error against float64 beyond that of plain torch in the same dtype, relative to the largest value. Gradients are
@@ -264,14 +264,15 @@ def test_bf16_completion_is_closer_than_bf16_logits() -> None:
 def test_opcheck(backend: str, trained: str) -> None:
     data = problem(3, 4, 20, torch.float32)
     tensors = [data[name].requires_grad_(name in trained) for name in ("hidden", "weight", "bias")]
-    options = (data["targets"], -100, 0.5, 1.5, 3.0, torch.float32, trained == "hidden", False, ["entropy"], backend)
+    options = (data["targets"], -100, 0.5, 1.5, 3.0, torch.float32)
+    options = (*options, trained == "hidden", False, ["entropy"], WORKSPACE, backend)
     torch.library.opcheck(operator, (*tensors, *options))
     transposed = tensors[1].detach().t().contiguous().t().requires_grad_("weight" in trained)
     torch.library.opcheck(operator, (tensors[0], transposed, *tensors[2:], *options))
     grad, lse = torch.ones(3), torch.zeros(3)
     plain = [x.detach() for x in tensors]
     backward = torch.ops.fastdpo.linear_logprob_backward.default
-    torch.library.opcheck(backward, (grad, lse, lse, *plain, *options[:6], [True, True, True], backend))
+    torch.library.opcheck(backward, (grad, lse, lse, *plain, *options[:6], [True, True, True], WORKSPACE, backend))
     torch.library.opcheck(torch.ops.fastdpo.linear_logprob_scale.default, (torch.ones(3, 4), grad, backend))
 
 
@@ -433,12 +434,35 @@ def test_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan_tiles(vocab_size=49152, **cache).rows == 1024
     assert plan_tiles(5, 49152, 576).rows == 5
     assert plan_tiles(8192, 49152, 576) == plan_tiles(1024, 49152, 576)
+    assert plan_tiles(1025, 49152, 576).rows == 513  # and 512: no part of one row
+    for rows in (1023, 1024, 1025, 3000, 100_001):
+        size = plan_tiles(rows, 49152, 576).rows
+        assert size <= MAX_ROWS
+        assert 0 <= -rows % size < -(-rows // MAX_ROWS)  # parts differ by less than their number
     assert plan_tiles(1024, 100, 576).columns == 100
     for rows, hidden in itertools.product((1, 16, 1024, 100_000), (8, 576, 4096, 16384)):
         plan = plan_tiles(rows, 256_000, hidden)
         assert plan.bytes() <= 8 * 2**20
         assert plan.columns % 256 == 0
         assert 256 <= plan.columns <= 2048
+
+
+def test_plans_of_a_gpu_follow_the_workspace_and_no_cache() -> None:
+    """By hand: 256 MiB hold 4,096 × 10,922 elements of 4 + 2 bytes, of which a program takes 8,192 columns; 8,192 rows of
+    16-bit exponentials are 16,384 columns wide, and 128,256 columns in 8 equal chunks of whole steps are 16,128."""
+    older = {"vocab_size": 128_256, "newer": False, "itemsize": 2, "workspace": WORKSPACE}
+    assert plan_gpu_tiles(4096, **older) == TilePlan(4096, 8192)
+    assert plan_gpu_tiles(4097, **older) == TilePlan(2049, 8192)
+    assert plan_gpu_tiles(8192, **(older | {"newer": True})) == TilePlan(8192, 5376)
+    assert plan_gpu_tiles(300, **(older | {"workspace": 2**16})) == TilePlan(38, 256)
+    plan = plan_fused(8192, 128_256, 2, WORKSPACE, unit_gradient=True)
+    assert (plan.rows, plan.columns, plan.chunks(128_256)) == (8192, 16_128, 8)
+    assert plan_fused(8193, 128_256, 2, WORKSPACE, unit_gradient=True).rows == 4097
+    assert plan_fused(4096, 128_256, 2, WORKSPACE, unit_gradient=False).chunks(128_256) == 1
+    for rows, workspace in itertools.product((1, 77, 4096, 50_000), (2**16, 2**26, 2**28)):
+        plan = plan_fused(rows, 128_256, 2, workspace, unit_gradient=True)
+        assert 2 * plan.rows * plan.columns <= workspace
+        assert plan.columns % 256 == 0
 
 
 def test_plan_override(monkeypatch: pytest.MonkeyPatch) -> None:

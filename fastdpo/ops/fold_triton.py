@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -16,10 +17,14 @@ class TritonFold:
     """The statistics of R rows over the vocabulary slices seen so far, in `fastdpo_kernels.linear_logprob.RowState`."""
 
     def __init__(self, head: Head, targets: Tensor, stats: Sequence[str] = ()) -> None:
-        self.head, self.targets = head, targets
-        self.state = kernels.RowState.fresh(len(targets), targets.device, stats)
+        self.head, self.targets, self.stats = head, targets, stats
         self.scales = {"logit_scale": head.logit_scale, "temperature": head.temperature}
         self.narrow: Tensor | None = None
+
+    @functools.cached_property
+    def state(self) -> kernels.RowState:
+        """Made with the first tile: gradients of the logits need none."""
+        return kernels.RowState.fresh(len(self.targets), self.targets.device, self.stats)
 
     def absorb(self, tile: Tensor, first_column: int, *, operand: bool) -> Tensor | None:
         out = self._operand_buffer(tile) if operand else None

@@ -65,6 +65,10 @@ class Head:
         else:
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
 
+    def upcast(self, x: Tensor) -> Tensor:
+        """x, of `gemm_dtype`, in `operand_dtype`: itself, but on a CPU."""
+        return x.to(self.operand_dtype)
+
     def slices(self, plan: TilePlan) -> Iterator[tuple[int, Tensor]]:
         """(first column, (columns, H) operand) for each vocabulary slice; the operand may live in a reused buffer."""
         vocab, hidden = self.weight.shape

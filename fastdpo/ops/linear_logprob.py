@@ -5,7 +5,7 @@ all) and the backward scales each row by dL/dlogp_t. A trainable weight or bias:
 computes only the gradients that are needed. Neither backward has a derivative, so a second one raises.
 
 `unit_gradient` asks for the first of these; `disposable` says that the caller drops that output, so that the backward
-may write its result there instead of holding N × H twice.
+may write its result there instead of holding N × H twice. `workspace` bounds the bytes of a GPU's buffer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastdpo.ops.registry import define
 
-#: Rows that are scaled at a time.
+#: Rows that are scaled at a time on a CPU, which copies them in the wider dtype where the dtypes differ.
 SCALE_ROWS = 256
 _Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 _HEAD = (
@@ -54,7 +54,7 @@ def check_target_tensor(targets: Tensor, device: torch.device, beside: str) -> N
 
 
 def _fake_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *options: Any) -> _Outputs:
-    *_, gemm_dtype, unit_gradient, _, stats, _ = options
+    *_, gemm_dtype, unit_gradient, _, stats, _, _ = options
     check_head_tensors(hidden, weight, bias, targets)
     logps = hidden.new_empty(targets.shape, dtype=torch.promote_types(gemm_dtype, torch.float32))
     gradient = hidden.new_empty(hidden.shape if unit_gradient else 0)
@@ -71,7 +71,7 @@ def _fake_backward(
     targets: Tensor,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *_, (of_hidden, of_weight, of_bias), _ = options
+    *_, (of_hidden, of_weight, of_bias), _, _ = options
     return (
         hidden.new_empty(hidden.shape if of_hidden else 0),
         weight.new_empty(weight.shape if of_weight else 0),
@@ -90,18 +90,28 @@ def scale_rows(unit_gradient: Tensor, grad: Tensor) -> Tensor:
 
 def scale_rows_(unit_gradient: Tensor, grad: Tensor) -> Tensor:
     """`scale_rows` in place."""
-    # Block by block: where the dtypes differ, a CPU makes copies in the wider one
     for rows, factors in zip(unit_gradient.split(SCALE_ROWS), grad.split(SCALE_ROWS), strict=True):
         rows.mul_(factors.unsqueeze(1))
     return unit_gradient
 
 
+def scale_rows_at_once(unit_gradient: Tensor, grad: Tensor) -> Tensor:
+    """`scale_rows` in one launch."""
+    return torch.mul(unit_gradient, grad.unsqueeze(1), out=torch.empty_like(unit_gradient))
+
+
+def scale_rows_at_once_(unit_gradient: Tensor, grad: Tensor) -> Tensor:
+    """`scale_rows_` in one launch."""
+    return unit_gradient.mul_(grad.unsqueeze(1))
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
-    hidden, weight, bias, targets, *options, unit_gradient, disposable, _, backend = inputs
+    hidden, weight, bias, targets, *options, unit_gradient, disposable, _, workspace, backend = inputs
     logps, lse, gradient, values = output
     ctx.mark_non_differentiable(lse, gradient, values)
     ctx.set_materialize_grads(False)
-    ctx.options, ctx.unit_gradient, ctx.disposable, ctx.backend = options, unit_gradient, disposable, backend
+    ctx.options, ctx.unit_gradient, ctx.disposable = options, unit_gradient, disposable
+    ctx.workspace, ctx.backend = workspace, backend
     # The caller may write into the log-probs that it got
     ctx.save_for_backward(
         *((gradient, targets) if unit_gradient else (lse, logps.clone(), hidden, weight, bias, targets))
@@ -109,20 +119,23 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 10
+    nothing = (None,) * 11
     if grad is None:
         return None, None, None, *nothing
     if not ctx.unit_gradient:
         needs = list(ctx.needs_input_grad[:3])
         lse, logps, *tensors = ctx.saved_tensors
-        found = torch.ops.fastdpo.linear_logprob_backward(grad, lse, logps, *tensors, *ctx.options, needs, ctx.backend)
+        found = torch.ops.fastdpo.linear_logprob_backward(
+            grad, lse, logps, *tensors, *ctx.options, needs, ctx.workspace, ctx.backend
+        )
         return *(x if needed else None for x, needed in zip(found, needs, strict=True)), *nothing
     gradient, targets = ctx.saved_tensors
     ignore_index = ctx.options[0]
     if ignore_index is not None:
         grad = grad.masked_fill(targets == ignore_index, 0.0)
     if ctx.disposable and type(grad) is Tensor and _is_freed_afterwards(gradient):
-        return scale_rows_(gradient, grad), None, None, *nothing
+        scale = scale_rows_ if ctx.backend == "torch" else scale_rows_at_once_
+        return scale(gradient, grad), None, None, *nothing
     return torch.ops.fastdpo.linear_logprob_scale(gradient, grad, ctx.backend), None, None, *nothing
 
 
@@ -141,17 +154,21 @@ define(
     "linear_logprob_scale",
     "(Tensor unit_gradient, Tensor grad, str backend) -> Tensor",
     _fake_scale,
-    dict.fromkeys(("torch", "triton"), "fastdpo.ops.linear_logprob:scale_rows"),
+    {
+        "torch": "fastdpo.ops.linear_logprob:scale_rows",
+        "triton": "fastdpo.ops.linear_logprob:scale_rows_at_once",
+    },
 )
 define(
     "linear_logprob_backward",
-    f"(Tensor grad, Tensor lse, Tensor logps, {_HEAD}, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor grad, Tensor lse, Tensor logps, {_HEAD}, bool[] needs, int workspace, str backend) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
     {"torch": f"{_BACKENDS}:torch_backward", "triton": f"{_BACKENDS}:triton_backward"},
 )
 linear_logprob = define(
     "linear_logprob",
-    f"({_HEAD}, bool unit_gradient, bool disposable, str[] stats, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"({_HEAD}, bool unit_gradient, bool disposable, str[] stats, int workspace, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     _fake_forward,
     {"torch": f"{_BACKENDS}:torch_forward", "triton": f"{_BACKENDS}:triton_forward"},
     backward=_backward,

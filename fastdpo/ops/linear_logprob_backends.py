@@ -1,9 +1,9 @@
-"""The implementations of `linear_logprob`: the tile loop with each backend's fold."""
+"""The implementations of `linear_logprob`: the tile loop with each backend's fold, or Triton's fused product."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -37,13 +37,19 @@ def _forward(
     targets: Tensor,
     ignore_index: int | None,
     *options: Any,
+    fused: Callable[[Head, bool, Sequence[str]], bool] = lambda *_: False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *head_options, unit_gradient, _, stats = options
+    """fused: whether the fused product serves a head, a unit gradient and statistics."""
+    *head_options, unit_gradient, _, stats, workspace = options
     check_head_tensors(hidden, weight, bias, targets)
     check_targets(targets, len(weight), ignore_index)
     targets, head = targets.contiguous(), _head(weight, bias, head_options)
     scored = _scored_rows(targets, ignore_index)
-    return tile_loop.forward(make_fold, head, hidden, targets, scored, unit_gradient, stats)
+    if fused(head, unit_gradient, stats):
+        from fastdpo.ops import fused_head
+
+        return fused_head.forward(head, hidden, targets, scored, unit_gradient, workspace)
+    return tile_loop.forward(make_fold, head, hidden, targets, scored, unit_gradient, stats, workspace)
 
 
 def _backward(
@@ -58,10 +64,10 @@ def _backward(
     ignore_index: int | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *head_options, needs = options
+    *head_options, needs, workspace = options
     targets, head = targets.contiguous(), _head(weight, bias, head_options)
     scored = _scored_rows(targets, ignore_index)
-    return tile_loop.backward(make_fold, head, hidden, targets, scored, lse, logps, grad, needs)
+    return tile_loop.backward(make_fold, head, hidden, targets, scored, lse, logps, grad, needs, workspace)
 
 
 torch_forward = functools.partial(_forward, TorchFold)
@@ -70,9 +76,10 @@ torch_backward = functools.partial(_backward, TorchFold)
 
 def triton_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `torch_forward`; Triton is imported here."""
+    from fastdpo.ops import fused_head
     from fastdpo.ops.fold_triton import TritonFold
 
-    return _forward(TritonFold, *args)
+    return _forward(TritonFold, *args, fused=lambda *call: not fused_head.refusal(*call))
 
 
 def triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:

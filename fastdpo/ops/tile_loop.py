@@ -35,10 +35,13 @@ MakeFold = Callable[[Head, Tensor, Sequence[str]], Fold]
 class _Tiles:
     """The plan for a head and the one buffer that its tiles use."""
 
-    def __init__(self, head: Head, rows: int) -> None:
+    def __init__(self, head: Head, rows: int, workspace: int) -> None:
         self.head = head
         vocab, hidden = head.weight.shape
-        self.plan: TilePlan = plan_tiles(rows, vocab, hidden, head.weight.device)
+        item = head.operand_dtype.itemsize
+        self.plan: TilePlan = plan_tiles(
+            rows, vocab, hidden, head.weight.device, itemsize=item, workspace=workspace
+        )
         size = self.plan.rows * self.plan.columns
         self.buffer = torch.empty(size, dtype=head.accumulate_dtype, device=head.weight.device)
 
@@ -65,6 +68,7 @@ def forward(
     scored: Tensor | None,
     unit_gradient: bool,
     stats: Sequence[str],
+    workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probs of the targets, and with `unit_gradient` their derivatives with respect to the hidden states.
 
@@ -72,6 +76,7 @@ def forward(
         hidden: (N, H).
         targets: (N,).
         scored: indices of the rows to score, None for all. The others get zeros and reach no GEMM.
+        workspace: bytes that a GPU's tile may take.
 
     Returns:
         logps (N,); log-normalizers (N,); unit gradient (N, H) in hidden's dtype, or (0,); statistics (len(stats), N).
@@ -84,7 +89,7 @@ def forward(
     count = len(targets) if scored is None else len(scored)
     if count == 0:
         return logps, lse, gradient, values
-    tiles = _Tiles(head, count)
+    tiles = _Tiles(head, count, workspace)
     in_place = scored is None and gradient.dtype == head.accumulate_dtype
     buffer = logps.new_empty(tiles.plan.rows if unit_gradient and not in_place else 0, hidden.shape[1])
     for rows in _chunks(scored, len(targets), tiles.plan.rows):
@@ -121,6 +126,7 @@ def backward(
     logps: Tensor,
     grad: Tensor,
     needs: Sequence[bool],
+    workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of Σ grad·logps by recomputing the tiles; those not in `needs` are (0,).
 
@@ -137,30 +143,41 @@ def backward(
     inputs, targets = head.operand(hidden[rows]), targets[rows]
     lse, logps, grad = lse[rows], logps[rows], grad[rows].contiguous()  # grad may be expanded
     weight, bias = head.weight, head.bias
-    grad_inputs = lse.new_zeros(inputs.shape if of_hidden else 0)
-    grad_weight = weight.new_zeros(weight.shape if of_weight else 0)
-    grad_bias = weight.new_empty(0) if bias is None or not of_bias else bias.new_zeros(bias.shape)
-    if len(targets):
-        tiles = _Tiles(head, len(targets))
-        for first, part in head.slices(tiles.plan):
-            columns = slice(first, first + len(part))
-            sums = lse.new_zeros(part.shape if of_weight else 0), lse.new_zeros(len(part))
-            for chunk in _chunks(None, len(targets), tiles.plan.rows):
-                fold = make_fold(head, targets[chunk], ())
-                raw = tiles.raw(inputs[chunk], part)
-                logit_gradient = fold.logit_gradient(raw, first, lse[chunk], logps[chunk], grad[chunk])
-                if of_hidden:
-                    head.matmul_add(logit_gradient, part, grad_inputs[chunk])
-                if of_weight:
-                    head.matmul_add(logit_gradient.t(), inputs[chunk], sums[0])
-                if of_bias:
-                    sums[1].add_(logit_gradient.sum(0, dtype=lse.dtype))
+    grad_inputs = lse.new_empty(inputs.shape if of_hidden else 0)
+    if len(targets) == 0:
+        return hidden.new_zeros(hidden.shape if of_hidden else 0), *_no_gradients(weight, bias, of_weight, of_bias)
+    grad_weight = weight.new_empty(weight.shape if of_weight else 0)
+    grad_bias = weight.new_empty(0) if bias is None or not of_bias else bias.new_empty(bias.shape)
+    tiles = _Tiles(head, len(targets), workspace)
+    folds = [
+        (chunk, make_fold(head, targets[chunk], ())) for chunk in _chunks(None, len(targets), tiles.plan.rows)
+    ]
+    for first, part in head.slices(tiles.plan):
+        columns = slice(first, first + len(part))
+        of_part = lse.new_empty(part.shape if of_weight else 0)
+        of_columns: Tensor | None = None
+        for i, (chunk, fold) in enumerate(folds):
+            raw = tiles.raw(inputs[chunk], part)
+            logit_gradient = fold.logit_gradient(raw, first, lse[chunk], logps[chunk], grad[chunk])
+            if of_hidden:
+                (head.matmul if first == 0 else head.matmul_add)(logit_gradient, part, grad_inputs[chunk])
             if of_weight:
-                grad_weight[columns] = sums[0].to(weight.dtype)
+                (head.matmul if i == 0 else head.matmul_add)(logit_gradient.t(), inputs[chunk], of_part)
             if of_bias:
-                grad_bias[columns] = sums[1].to(grad_bias.dtype)
+                summed = logit_gradient.sum(0, dtype=lse.dtype)
+                of_columns = summed if of_columns is None else of_columns.add_(summed)
+        if of_weight:
+            grad_weight[columns] = of_part.to(weight.dtype)
+        if of_columns is not None:
+            grad_bias[columns] = of_columns.to(grad_bias.dtype)
     if not of_hidden:
         return hidden.new_empty(0), grad_weight, grad_bias
     if scored is None:
         return grad_inputs.to(hidden.dtype), grad_weight, grad_bias
     return hidden.new_zeros(hidden.shape).index_copy_(0, scored, grad_inputs.to(hidden.dtype)), grad_weight, grad_bias
+
+
+def _no_gradients(weight: Tensor, bias: Tensor | None, of_weight: bool, of_bias: bool) -> tuple[Tensor, Tensor]:
+    """Zeros in the shapes that are asked for: no row is scored."""
+    of_no_bias = bias is None or not of_bias
+    return weight.new_zeros(weight.shape if of_weight else 0), weight.new_zeros(0 if of_no_bias else len(weight))
