@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import gpu_static
 from benchmarks.contenders import warm_up
 from benchmarks.report import Figure, as_json, machine, print_table
 from benchmarks.settings import Settings
 
-SECTIONS = ("head", "peers", "scaling", "memory", "loss", "accuracy", "roofline")
+SECTIONS = ("head", "peers", "scaling", "memory", "loss", "accuracy", "gpu_static")
 #: Sections of the whole training step, minutes each, that run only when they are named.
 LONG_SECTIONS = ("training", "ablation", "profile_step")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -40,17 +41,23 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     training.add_argument(
         "--outcomes", type=Path, help="keep each contender's outcome in this file, and take what it holds already"
     )
+    parser.add_argument("--json", action="store_true", help="gpu_static alone: print its predictions as JSON")
     parser.add_argument("--output", type=Path, help="write all figures here as JSON")
     options = parser.parse_args(arguments)
     if unknown := set(options.sections) - {*SECTIONS, *LONG_SECTIONS}:
         parser.error(f"unknown section {', '.join(sorted(unknown))}; choose from {', '.join(SECTIONS + LONG_SECTIONS)}")
     if options.steps < 2 or options.rounds < 1:
         parser.error(f"--steps {options.steps}, --rounds {options.rounds}: at least 2 and 1; the first step warms up")
+    if options.json and options.sections != ["gpu_static"]:
+        parser.error(f"--json prints the section gpu_static; the sections are {options.sections or 'the default ones'}")
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, list[Figure]]:
     options = parse(arguments)
+    if options.json:
+        print(gpu_static.as_json())
+        return {}
     torch.set_num_threads(options.threads)
     settings = Settings(
         options.threads,

@@ -20,6 +20,7 @@ from fastdpo.dynamic_beta import DynamicBeta
 from fastdpo.functional import linear_logprob
 from fastdpo.losses import LossTerm
 from fastdpo.ops.linear_logprob import check_head_tensors
+from fastdpo.ops.targets import check_targets
 from fastdpo.preference import Reduction, preference_loss
 from fastdpo.reference import BetaPlan, completion_weights
 
@@ -49,11 +50,19 @@ class _HeadOptions(NamedTuple):
     ignore_index: int | None
     backend: str
 
-    def token_logps(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        """(2B, T), 0 where ignored."""
-        logps = linear_logprob(hidden, weight, targets, bias=bias, **self._asdict())
-        assert isinstance(logps, Tensor)  # no statistics were asked for
-        return logps
+    def token_logps(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None
+    ) -> Tensor:
+        """(2B, T), 0 where ignored. rows: flat positions of the others where they are known, else None."""
+        if rows is None:
+            logps = linear_logprob(hidden, weight, targets, bias=bias, **self._asdict())
+            assert isinstance(logps, Tensor)  # no statistics were asked for
+            return logps
+        options = self._asdict() | {"ignore_index": None}
+        states, own = hidden.flatten(0, 1).index_select(0, rows), targets.flatten().index_select(0, rows)
+        logps = linear_logprob(states, weight, own, bias=bias, **options)
+        assert isinstance(logps, Tensor)
+        return logps.new_zeros(targets.numel()).index_copy(0, rows, logps).view(targets.shape)
 
 
 class _Reference(NamedTuple):
@@ -109,13 +118,13 @@ class _Reference(NamedTuple):
             raise ValueError(f"ref_bias has shape {tuple(self.bias.shape)}; a weight of {head} needs {head[:1]}.")
 
     def sequence_logps(
-        self, head: _HeadOptions, targets: Tensor, scored: Tensor, weights: Tensor | None
+        self, head: _HeadOptions, targets: Tensor, scored: Tensor, rows: Tensor | None, weights: Tensor | None
     ) -> tuple[Tensor, ...]:
         """Of the chosen and of the rejected completions, each (B,); nothing if there is no reference."""
         logps = None if self.logps is None else self.logps.detach()
         if self.hidden is not None and self.weight is not None:
             with torch.no_grad():
-                logps = head.token_logps(self.hidden, self.weight, self.bias, targets)
+                logps = head.token_logps(self.hidden, self.weight, self.bias, targets, rows)
         if logps is not None and logps.dim() == 2:
             logps = _sequence_logps(logps.masked_fill(~scored, 0.0), weights)
         return () if logps is None else logps.chunk(2)
@@ -191,18 +200,22 @@ def linear_preference_loss(
     if hidden.dim() != 3 or hidden.shape[0] % 2:
         raise ValueError(f"hidden has shape {tuple(hidden.shape)}; pass (2B, T, H), chosen first, then rejected.")
     check_head_tensors(hidden, weight, bias, targets)
+    check_targets(targets, len(weight), ignore_index)
     reference = _Reference(ref_hidden, ref_weight, ref_bias, ref_logps)
     reference.check_presence(terms)
     reference = reference.with_head_of(weight, bias)
     reference.check_tensors(targets)
     head = _HeadOptions(temperature, logit_scale, softcap, ignore_index, backend)
     scored = torch.ones_like(targets, dtype=torch.bool) if ignore_index is None else targets != ignore_index
+    # On a GPU this waits for their count, once for policy and reference; a compiled graph leaves it to the operator
+    known = ignore_index is not None and not torch.compiler.is_compiling()
+    rows = scored.flatten().nonzero().squeeze(1) if known else None
     lengths = scored.sum(1)  # (2B,)
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
     weights = _token_weights(scored, lengths, ld_alpha, average_log_prob, dtype)
     # The reference first, while no gradient of the policy's is in memory
-    references = reference.sequence_logps(head, targets, scored, weights)
-    token_logps = head.token_logps(hidden, weight, bias, targets)
+    references = reference.sequence_logps(head, targets, scored, rows, weights)
+    token_logps = head.token_logps(hidden, weight, bias, targets, rows)
     logps = _sequence_logps(token_logps, weights)
     chosen, rejected = logps.chunk(2)
     chosen_lengths, rejected_lengths = lengths.chunk(2)

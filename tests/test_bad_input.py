@@ -24,9 +24,11 @@ from transformers import (
 
 import fastdpo
 from fastdpo import FastDPOTrainer
-from fastdpo.training.config import REFUSED, ModelConfig
+from fastdpo.training import option_checks
+from fastdpo.training.config import REFUSED, FastDPOConfig, ModelConfig
 from fastdpo.training.model import load_adapter, load_causal_lm, quantization_config
 from fastdpo.training.nonfinite import NONFINITE_FILE, NonFiniteLossError
+from fastdpo.training.option_checks import automatic_optimizer
 
 OPTIONS = {
     "unknown loss": ({"loss_type": ["sigmoud"]}, r"loss_type=\['sigmoud'\] is unknown; choose among sigmoid, "),
@@ -133,6 +135,21 @@ def test_lora_and_model_options() -> None:
     with pytest.raises(ValueError, match="bnb_4bit_quant_type='fp4' has no effect here: set load_in_4bit=True"):
         ModelConfig(bnb_4bit_quant_type="fp4")
     assert ModelConfig(lora_target_modules="q_proj").lora_target_modules == ["q_proj"]
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_automatic_optimizer(
+    installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of bitsandbytes on a GPU where it is there; else torch's, which is said once."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: object() if installed else None)
+    option_checks._tell_of_missing_bitsandbytes.cache_clear()
+    found = [automatic_optimizer(True), automatic_optimizer(True), automatic_optimizer(False)]
+    on_gpu = "paged_adamw_8bit" if installed else "adamw_torch_fused"
+    assert found == [on_gpu, on_gpu, "adamw_torch"]
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * (not installed)
+    assert ("pip install bitsandbytes" in caplog.text) is not installed
+    assert FastDPOConfig(str(tmp_path), use_cpu=True).optim == "adamw_torch"
 
 
 def test_four_bit_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -284,7 +284,7 @@ def test_chunks_change_nothing_but_the_order_of_the_gradient_s_sum() -> None:
 
 
 def test_parts_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """35 rows at most 16 at a time are 12 + 12 + 11, bitwise as all at once."""
+    """35 rows at most 16 at a time are 12 + 12 + 11; tiles hold other rows then, so it is not bitwise."""
     data = problem(35, 16, 90, torch.float32)
     whole = ours(data)
     monkeypatch.setattr("fastdpo.ops.tiles.FUSED_ROWS", 16)
@@ -471,6 +471,11 @@ def test_what_a_search_runs_is_a_product() -> None:
         ({"weight": torch.zeros(40, 9).bfloat16()}, ValueError, r"weight has shape \(40, 9\); \(V, 8\)"),
         ({"weight": torch.zeros(8, 40).bfloat16().t()}, ValueError, "columns must be contiguous"),
         ({"targets": torch.zeros(4, dtype=torch.int32)}, TypeError, "targets is torch.int32"),
+        (
+            {"hidden": torch.zeros(4, 9).bfloat16(), "weight": torch.zeros(40, 9).bfloat16()},
+            ValueError,
+            "hidden has 9 columns; a multiple of 8",
+        ),
         ({"bias": torch.zeros(39)}, ValueError, r"bias has shape \(39,\)"),
         ({"exps": torch.zeros(4, 40).bfloat16()}, ValueError, "exps and reference go together"),
         ({"first_column": 8, "columns": 32}, ValueError, "a chunk begins at a multiple"),
@@ -487,7 +492,7 @@ def test_operands_that_do_not_fit_are_refused(
         "bias": None,
         "targets": torch.zeros(4, dtype=torch.int64),
         "partials": Partials(torch.zeros(2, 4), torch.zeros(2, 4), torch.zeros(4)),
-        "tile": INTERPRETED,
+        "tile": Tile(16, 32, 16, 4, 1),
     }
     with pytest.raises(error, match=message):
         head_gemm.head_gemm(**(inputs | changes))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from sync_watch import SyncWatch
 from torch import Tensor
 
 import fastdpo
@@ -596,3 +597,20 @@ def test_module_refuses_a_missing_and_an_unread_reference() -> None:
 def test_exported() -> None:
     assert {"linear_preference_loss", "FusedLinearDPOLoss", "token_preference_loss"} <= set(fastdpo.__all__)
     assert fastdpo.token_preference_loss.__name__ == "token_preference_loss"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("ignore_index", [-100, None])
+def test_a_gpu_s_host_waits_once_for_the_count_of_rows(backend: str, ignore_index: int | None) -> None:
+    """For policy and reference together, and not at all where nothing is ignored; the loss itself never waits."""
+    data = problem(poison=False)
+    if ignore_index is None:
+        data["targets"].clamp_(min=0)
+    leaf = data.pop("hidden").requires_grad_()
+    dynamic_beta = DynamicBeta(backend=backend)
+    with SyncWatch([leaf, *data.values(), *dynamic_beta.buffers()]) as watch:
+        output = linear_preference_loss(leaf, **data, beta=dynamic_beta, ignore_index=ignore_index, backend=backend)
+        output.loss.backward()
+    assert [sync.kind for sync in watch.syncs] == ([] if ignore_index is None else ["nonzero"])
+    assert leaf.grad is not None
+    assert leaf.grad.isfinite().all()

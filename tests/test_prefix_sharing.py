@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import tiny
@@ -311,6 +313,110 @@ def test_both_kernels_compute_the_same(
     for other in results[1:]:
         for found, expected in zip(other, results[0], strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_varlen_of_torch_2_11(kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes fewer heads of keys as they are and has no argument to say so; from 2.12 on it has to be told."""
+    told = []
+
+    def varlen_2_11(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cu_seq_q: Tensor,
+        cu_seq_k: Tensor,
+        max_q: int,
+        max_k: int,
+        *,
+        return_aux: Any = None,
+        scale: float | None = None,
+        window_size: tuple[int, int] = (-1, -1),
+    ) -> Tensor:
+        assert return_aux is None
+        bounds = cu_seq_q, cu_seq_k, max_q, max_k
+        return reference_varlen(query, key, value, *bounds, scale=scale, window_size=window_size, enable_gqa=True)
+
+    def varlen_2_12(*args: Any, enable_gqa: bool = False, **kwargs: Any) -> Tensor:
+        told.append(enable_gqa)
+        return reference_varlen(*args, enable_gqa=enable_gqa, **kwargs)
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(ROWS, heads, WIDTH, 8, generator=generator) for heads in (4, kv_heads, kv_heads))
+    segments = Segments.build(ROWS, WIDTH, ITEMS, CPU)
+    expected = _per_segment(q, k, v, segments, None, 3)
+    for varlen in (varlen_2_11, varlen_2_12):
+        monkeypatch.setattr(attention, "varlen_attn", varlen)
+        monkeypatch.setattr(attention, "_ASKS_FOR_GQA", attention.asks_for_gqa(varlen))
+        torch.testing.assert_close(_varlen(q, k, v, segments, None, 3), expected)
+    assert told == [kv_heads != 4]
+    installed = torch.torch_version.TorchVersion(torch.__version__)
+    assert attention.asks_for_gqa(torch.nn.attention.varlen.varlen_attn) is (installed >= (2, 12))
+
+
+def test_nothing_is_gathered_where_nothing_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values are the model's own memory then; a filler position or a shared prefix takes a copy."""
+    given: list[Tensor] = []
+
+    def varlen(*args: Any, **kwargs: Any) -> Tensor:
+        given.extend(args[:3])
+        return reference_varlen(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "varlen_attn", varlen)
+    q, k, v = (torch.randn(1, 2, 9, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    cases = {
+        (Segment(0, 4), Segment(4, 9)): (True, True),
+        (Segment(0, 4), Segment(4, 9, 0, 2)): (True, False),
+        (Segment(0, 4), Segment(4, 8)): (False, False),
+    }
+    for items, (queries, keys) in cases.items():
+        segments = Segments.build(1, 9, items, CPU)
+        given.clear()
+        torch.testing.assert_close(_varlen(q, k, v, segments, None, None), _per_segment(q, k, v, segments, None, None))
+        shared = [x.data_ptr() == own.data_ptr() for x, own in zip(given, (q, k, v), strict=True)]
+        assert shared == [queries, keys, keys]
+        assert (segments.query_index is None, segments.key_index is None) == (queries, keys)
+
+
+class _Deterministic(torch.autograd.Function):
+    """The identity, whose backward notes whether torch is deterministic then."""
+
+    seen: ClassVar[list[tuple[bool, bool]]] = []
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        warns = torch.is_deterministic_algorithms_warn_only_enabled()
+        _Deterministic.seen.append((torch.are_deterministic_algorithms_enabled(), warns))
+        return grad
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_deterministic_attention(wanted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flash's backward reads torch's flag when it runs; afterwards the flag is as it was."""
+    monkeypatch.setattr(_Deterministic, "seen", [])
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "taken back afterwards")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    attend = attention._per_segment
+    monkeypatch.setattr(attention, "_per_segment", lambda *args: _Deterministic.apply(attend(*args)))
+    trainer = tiny.trainer(tmp_path, max_steps=1, deterministic_attention=wanted, micro_batch_tokens="60")
+    trainer.train()
+    assert set(_Deterministic.seen) == {(wanted, False)}
+    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if wanted else None)
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+
+    def failing() -> None:
+        with attention.deterministic(wanted):
+            raise KeyError(torch.are_deterministic_algorithms_enabled())
+
+    with pytest.raises(KeyError, match=str(wanted)):
+        failing()
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory is filled
+    assert tiny.config(tmp_path, full_determinism=wanted).deterministic_attention is wanted
 
 
 def test_what_segments_cannot_express_is_refused() -> None:

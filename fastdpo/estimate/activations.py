@@ -14,6 +14,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from fastdpo.estimate.skeleton import Skeleton, has_equal_layers, plain_head, with_layers
 from fastdpo.estimate.tracking import LiveBytes, workspaces
 from fastdpo.functional import linear_logprob
-from fastdpo.ops.tiles import MAX_CACHE, MAX_COLUMNS, MAX_ROWS, TILE_SHARE
+from fastdpo.ops.tiles import MAX_CACHE, MAX_COLUMNS, MAX_ROWS, TILE_SHARE, WORKSPACE, plan_fused, plan_gpu_tiles
 from fastdpo.training.attention import Segment, Segments, segments_active
 from fastdpo.training.config import ModelConfig
 from fastdpo.training.head import Head
@@ -147,9 +148,10 @@ class ActivationModel:
         return Live(self.kept.at(tokens), self.peak.at(tokens), self.scoring_peak.at(tokens))
 
 
-def count_live(model: PreTrainedModel, row: Row, **options: Any) -> Live:
+def count_live(model: PreTrainedModel, row: Row, *, workspace: int = WORKSPACE, **options: Any) -> Live:
     """Bytes alive while one micro-batch is trained on, and while it is only scored. `options`: as `micro_batch`'s."""
-    counted = {**workspaces(), torch.ops.fastdpo.linear_logprob.default: head_workspace}
+    head = head_workspace_of(on_gpu=options.get("flash", False), workspace=workspace)
+    counted = {**workspaces(), torch.ops.fastdpo.linear_logprob.default: head}
     with micro_batch(model, row, **options) as forward:
         with LiveBytes(counted) as scoring, torch.no_grad():
             forward()
@@ -221,6 +223,8 @@ def micro_batch(
                 p.grad = grad
 
 
+#: Where `linear_logprob`'s `unit_gradient` stands among its arguments, behind hidden, weight and bias.
+_UNIT_GRADIENT = 6
 #: Layers of the two models that stand for a deep one of equal layers.
 SHALLOW = (2, 3)
 
@@ -230,7 +234,8 @@ class Training:
     """How a model is trained, as far as its activations depend on it.
 
     options: quantisation and LoRA. dtype: of what is not quantised, and of 4-bit compute. autocast: its dtype, or None.
-    flash: as `micro_batch` takes it. checkpointing: every layer is recomputed in the backward.
+    flash: as `micro_batch` takes it. checkpointing: every layer is recomputed in the backward. workspace: bytes that a
+    GPU's head may take for exponentials.
     """
 
     options: ModelConfig
@@ -238,6 +243,7 @@ class Training:
     autocast: torch.dtype | None = None
     flash: bool = False
     checkpointing: bool = False
+    workspace: int = WORKSPACE
 
 
 class ConfigCounter:
@@ -260,7 +266,8 @@ class ConfigCounter:
     def count(self, row: Row) -> Live:
         """`count_live` at full depth."""
         if row not in self._counts:
-            found = [count_live(each.model, row, **self.options(each)) for each in self.skeletons]
+            workspace = self.training.workspace
+            found = [count_live(each.model, row, workspace=workspace, **self.options(each)) for each in self.skeletons]
             deep = len(found) > 1
             self._counts[row] = found[0].extrapolated(found[1], self.layers - SHALLOW[1]) if deep else found[0]
         return self._counts[row]
@@ -283,13 +290,32 @@ class ConfigCounter:
 
 
 def head_workspace(hidden: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> int:
-    """What `linear_logprob` takes within itself: the tile, its copy as the GEMM's operand where the dtype is another
-    one, and the rows at work. The tile's size is the planner's upper bound, as the device's cache is not known."""
+    """What `linear_logprob` takes within itself on a CPU: the tile, its copy as the GEMM's operand where the dtype is
+    another one, and the rows at work. The tile's size is the planner's upper bound, as the cache is not known."""
     item, rows = weight.element_size(), min(len(hidden), MAX_ROWS)
     columns = min(MAX_COLUMNS, len(weight))
     tile = min(4 * rows * columns, int(MAX_CACHE * TILE_SHARE))
     converted = 0 if item == 4 else tile * item // 4 + 4 * rows * hidden.shape[1]
     return tile + converted
+
+
+def gpu_head_workspace(hidden: Tensor, weight: Tensor, bias: Tensor | None, *options: Any, workspace: int) -> int:
+    """The same on a GPU, for a workspace of so many bytes: exponentials of a chunk, accumulator and partial sums of the
+    fused product, without a gradient the sums alone; for float32 a tile of the separate fold.
+
+    options: of the operator; without them, those of a policy's pass.
+    """
+    rows, (vocab, width), item = len(hidden), weight.shape, min(hidden.element_size(), weight.element_size())
+    if item == 4:
+        return plan_gpu_tiles(rows, vocab, newer=True, itemsize=item, workspace=workspace).bytes()
+    unit_gradient = bool(options[_UNIT_GRADIENT]) if options else True
+    plan = plan_fused(rows, vocab, item, workspace, unit_gradient=unit_gradient)
+    return plan.bytes(vocab, width, item, unit_gradient=unit_gradient)
+
+
+def head_workspace_of(*, on_gpu: bool, workspace: int) -> Callable[..., int]:
+    """The function of the two above that serves a device."""
+    return partial(gpu_head_workspace, workspace=workspace) if on_gpu else head_workspace
 
 
 def _autocast(dtype: torch.dtype | None) -> AbstractContextManager[Any]:

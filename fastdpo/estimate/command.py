@@ -19,7 +19,9 @@ from fastdpo.estimate.devices import GPUS, Device, measured_cpu
 from fastdpo.estimate.memory import MemoryEstimator, Part, Run, Surroundings
 from fastdpo.estimate.timing import KINDS, StepTimes, optimizer_seconds, time_micro_batch
 from fastdpo.options import make_parser, parse
+from fastdpo.ops.tiles import MIN_WORKSPACE
 from fastdpo.training.config import DEFAULT_MICRO_BATCH_TOKENS, ModelConfig, check_fields
+from fastdpo.training.option_checks import bytes_of
 
 _DESCRIPTION = """Predict the peak memory of a training run, part by part, the time split of a step, and the largest
 micro-batch and pair that a card holds. Reads a configuration, no weights; needs no GPU.
@@ -70,6 +72,9 @@ class EstimateConfig:
     activation_offloading: bool = field(
         default=False, metadata={"help": "Keep what checkpointed layers need in the host's memory."}
     )
+    head_workspace: str = field(
+        default="256MiB", metadata={"help": "On a GPU, what the head's exponentials of a chunk may take."}
+    )
     bf16: bool | None = field(default=None, metadata={"help": "bfloat16 autocast. Default: on for a GPU."})
     demo: bool = field(
         default=False,
@@ -95,6 +100,8 @@ class EstimateConfig:
                 "activation_offloading=True moves what checkpointed layers keep, but gradient_checkpointing='false'. "
                 "Leave that at auto, or drop the offloading."
             )
+        if bytes_of("head_workspace", self.head_workspace) < MIN_WORKSPACE:
+            raise ValueError(f"head_workspace={self.head_workspace!r}: at least 64KiB, such as 256MiB.")
         if self.on_cpu and self.activation_offloading:
             raise ValueError("activation_offloading=True needs a GPU; on a CPU there is nowhere to move to.")
         if self.on_cpu and self.gpu_memory:
@@ -171,7 +178,12 @@ class Estimate:
             on_gpu = not self.config.on_cpu
             bf16 = on_gpu if self.config.bf16 is None else self.config.bf16
             training = Training(
-                self.model, self._dtype(), torch.bfloat16 if bf16 else None, flash=on_gpu, checkpointing=checkpointing
+                self.model,
+                self._dtype(),
+                torch.bfloat16 if bf16 else None,
+                flash=on_gpu,
+                checkpointing=checkpointing,
+                workspace=bytes_of("head_workspace", self.config.head_workspace),
             )
             self._estimators[checkpointing] = MemoryEstimator(self.architecture, training, self.surroundings)
         return self._estimators[checkpointing]

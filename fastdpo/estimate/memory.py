@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoTokenizer, PretrainedConfig
 
-from fastdpo.estimate.activations import ActivationModel, ConfigCounter, Live, PairShape, Row, Training, head_workspace
+from fastdpo.estimate.activations import ActivationModel, ConfigCounter, Live, PairShape, Row, Training, head_workspace_of
 from fastdpo.estimate.architectures import StoredWeights
 from fastdpo.estimate.skeleton import Skeleton, quantization_constants, resident_bytes
 from fastdpo.training.memory_plan import SCORING_BUDGET_FACTOR
@@ -189,13 +189,15 @@ class MemoryEstimator:
         live = self._offloaded(live, row, run)
         head = self.skeleton.head
         hidden = torch.empty(row.scored, head.weight.shape[1], device="meta")
-        tile = head_workspace(hidden, head.weight, None)
+        workspace_of = head_workspace_of(on_gpu=self.training.flash, workspace=self.training.workspace)
+        tile = workspace_of(hidden, head.weight, None)
         unit = hidden.numel() * self.training.dtype.itemsize if not head.weight.requires_grad else 0
+        of_tile = "a chunk of exponentials with its sums" if self.training.flash else "one tile of logits"
         workspace = max(0, live.peak - live.kept - tile)
         above = f"{scoring_row.tokens:,} tokens; what it takes above these"
         moving = [
             Part("activations", live.kept - unit, f"{row.tokens:,} tokens in a micro-batch"),
-            Part("head", unit + tile, f"{row.scored:,} scored rows: their gradients, and one tile of logits"),
+            Part("head", unit + tile, f"{row.scored:,} scored rows: their gradients, and {of_tile}"),
             Part("workspace of the backward", workspace, "dequantised weights, gradients of activations"),
             Part("scoring pass", max(0, scoring - live.kept - tile - workspace), above),
         ]

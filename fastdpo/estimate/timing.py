@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastdpo.estimate.activations import SHALLOW, ConfigCounter, Row, micro_batch
 from fastdpo.estimate.devices import Device
-from fastdpo.ops.tiles import MAX_ROWS
+from fastdpo.ops.tiles import FUSED_ROWS, MAX_ROWS
 
 #: The order of the report.
 KINDS = ("frozen GEMMs", "dequantisation", "LoRA", "attention", "norms, activations, copies", "head", "optimizer")
@@ -78,9 +78,14 @@ class OperatorTimes(TorchDispatchMode):
         if name == "fastdpo.linear_logprob.default":
             hidden, weight, unit = args[0], args[1], args[9]
             products = 2 if unit else 1
-            tile = hidden.shape[0] * weight.shape[0]
-            weights = products * weight.numel() * weight.element_size() * -(-hidden.shape[0] // MAX_ROWS)
-            return [Work("head", products * 2 * tile * hidden.shape[1], products * 8 * tile + weights)]
+            logits = hidden.shape[0] * weight.shape[0]
+            # On a CPU a float32 tile is written and read for each; on a GPU 16-bit exponentials, for the policy only
+            if self.device.name == "cpu":
+                rows, moved = MAX_ROWS, products * 8 * logits
+            else:
+                rows, moved = FUSED_ROWS, 2 * weight.element_size() * logits if unit else 0
+            weights = products * weight.numel() * weight.element_size() * -(-hidden.shape[0] // rows)
+            return [Work("head", products * 2 * logits * hidden.shape[1], moved + weights)]
         if name.startswith("fastdpo."):
             return [Work("head", 0, moved)]
         if "attn" in name or "attention" in name:

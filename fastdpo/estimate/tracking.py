@@ -14,10 +14,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.attention.varlen  # registers its operators
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+#: FlashAttention pads sequences and head sizes to multiples of these (read in its source, never measured).
+_FLASH_BLOCK, _FLASH_DEPTH = 128, 32
 #: Operator → bytes that it takes within itself, from its arguments.
 Workspaces = Mapping[Any, Callable[..., int]]
 
@@ -75,9 +78,24 @@ def gemm_4bit_workspace(a: Tensor, b: Tensor, shape: Any, absmax: Tensor, blocks
     return count * a.element_size() + (4 * -(-count // blocksize) if nested else 0)
 
 
+def flash_backward_workspace(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> int:
+    """FlashAttention's backward over variable lengths: query gradients in float32 and a float32 per query and head, for
+    sequences that are rounded up to its block of queries; where heads share keys, key and value gradients per head."""
+    tokens, heads, depth = query.shape
+    sequences = len(rest[2]) - 1
+    rounded = tokens + _FLASH_BLOCK * sequences
+    shared = key.shape[1] != heads
+    expanded = 2 * key.shape[0] * heads * depth * key.element_size() if shared else 0
+    return rounded * heads * 4 * (-(-depth // _FLASH_DEPTH) * _FLASH_DEPTH + 1) + expanded
+
+
 def workspaces() -> Workspaces:
-    """The operators of 4-bit layers, where bitsandbytes is installed."""
+    """The operators of 4-bit layers, where bitsandbytes is installed, and of attention over variable lengths."""
+    known: dict[Any, Callable[..., int]] = {
+        torch.ops.torch_attn._varlen_attn_backward.default: flash_backward_workspace
+    }
     try:
-        return {torch.ops.bitsandbytes.gemm_4bit.default: gemm_4bit_workspace}
+        known[torch.ops.bitsandbytes.gemm_4bit.default] = gemm_4bit_workspace
     except AttributeError:
-        return {}
+        pass
+    return known

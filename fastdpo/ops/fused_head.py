@@ -27,7 +27,7 @@ from fastdpo_kernels.head_tiles import Tile
 
 #: Environment variable: "separate" has the separate fold serve everything, "fused" refuses what is not fused.
 ENVIRONMENT = "FASTDPO_HEAD"
-#: Rows of an operand begin at multiples of so many bytes, or they cannot be copied asynchronously.
+#: Rows of an operand begin and end at multiples of so many bytes, or they cannot be copied asynchronously.
 ROW_ALIGNMENT = 16
 
 
@@ -60,8 +60,11 @@ def _refusal(head: Head, unit_gradient: bool, stats: Sequence[str]) -> str:
         return "float16 cannot hold exponentials of any range"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"there is no kernel for {dtype}"
-    if weight.stride(1) != 1 or weight.stride(0) * weight.itemsize % ROW_ALIGNMENT:
-        return f"rows of the weight, of strides {weight.stride()}, do not begin at multiples of {ROW_ALIGNMENT} bytes"
+    if weight.stride(1) != 1 or any(size * weight.itemsize % ROW_ALIGNMENT for size in (weight.stride(0), len(weight[0]))):
+        return (
+            f"rows of the weight, {weight.shape[1]} elements with strides {weight.stride()}, do not begin and end at "
+            f"multiples of {ROW_ALIGNMENT} bytes"
+        )
     return ""
 
 

@@ -17,7 +17,9 @@ tests, and what serves attention that has more to it than a softmax over keys (s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -29,13 +31,26 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
+from fastdpo.training.transfer import to_device
+
 #: The name in transformers' table of attention functions.
 SEGMENT_ATTENTION = "fastdpo_segments"
 #: Arguments of attention functions that say nothing about what is computed here: causality is the segments' own, and
 #: positions are in the queries and keys already.
 _KNOWN = frozenset(("is_causal", "position_ids", "use_cache", "output_attentions", "output_hidden_states"))
+#: Torch refuses products on CUDA in deterministic mode without it.
+_CUBLAS_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 #: FlashAttention, which variable lengths need, wants this and a 16-bit type.
 _FLASH_CAPABILITY = (8, 0)
+
+
+def asks_for_gqa(varlen: Callable[..., Any]) -> bool:
+    """Whether this `varlen_attn` has to be told that keys have fewer heads than queries: from torch 2.12 on. Until 2.11
+    it takes them as they are."""
+    return "enable_gqa" in inspect.signature(varlen).parameters
+
+
+_ASKS_FOR_GQA = asks_for_gqa(varlen_attn)
 
 
 class UnsupportedAttention(TypeError):
@@ -65,40 +80,44 @@ class Segments:
     """The segments of one micro-batch, in the order of their queries.
 
     rows, width: R, T. items: the segments. query_index: (Q,) flat positions of their queries in order, or None where
-    these are all R·T. key_index: (K,) flat positions of their keys, prefix first. query_bounds, key_bounds: (S + 1,)
-    int32, where each segment begins in them. in_one_call: attention of variable length serves all of them; None: where
-    the queries' device and dtype have it.
+    these are all R·T. key_index: (K,) flat positions of their keys, prefix first, or None where these are all R·T in
+    order, as nothing is shared. query_bounds, key_bounds: (S + 1,) int32, where each segment begins in them.
+    in_one_call: attention of variable length serves all of them; None: where the queries' device and dtype have it.
     """
 
     rows: int
     width: int
     items: tuple[Segment, ...]
     query_index: Tensor | None
-    key_index: Tensor
+    key_index: Tensor | None
     query_bounds: Tensor
     key_bounds: Tensor
     in_one_call: bool | None = None
 
     @classmethod
-    def build(cls, rows: int, width: int, items: Sequence[Segment], device: torch.device) -> Segments:
-        """Segments without queries are left out."""
+    def build(cls, rows: int, width: int, items: Sequence[Segment], device: torch.device | None = None) -> Segments:
+        """Segments without queries are left out. On the host, unless a `device` is named."""
         items = tuple(item for item in items if item.queries)
         queries = torch.cat([torch.arange(item.start, item.stop) for item in items])
-        keys = [
-            torch.arange(start, stop)
-            for item in items
-            for start, stop in ((item.prefix_start, item.prefix_stop), (item.start, item.stop))
-        ]
+        keys = torch.cat(
+            [
+                torch.arange(start, stop)
+                for item in items
+                for start, stop in ((item.prefix_start, item.prefix_stop), (item.start, item.stop))
+            ]
+        )
         lengths = torch.tensor([[item.queries, item.prefix + item.queries] for item in items])
-        bounds = F.pad(lengths.cumsum(0), (0, 0, 1, 0)).to(torch.int32).to(device)
-        everywhere = torch.equal(queries, torch.arange(rows * width))
-        return cls(
-            rows, width, items,
-            None if everywhere else queries.to(device),
-            torch.cat(keys).to(device),
-            bounds[:, 0].contiguous(),
-            bounds[:, 1].contiguous(),
-        )  # fmt: skip
+        bounds = F.pad(lengths.cumsum(0), (0, 0, 1, 0)).to(torch.int32).T
+        everything = torch.arange(rows * width)
+        indices = [None if torch.equal(index, everything) else index for index in (queries, keys)]
+        tensors = [*indices, *bounds]
+        if device is not None:
+            there = iter(to_device([x for x in tensors if x is not None], device))
+            tensors = [None if x is None else next(there) for x in tensors]
+        query_index, key_index, query_bounds, key_bounds = tensors
+        assert query_bounds is not None
+        assert key_bounds is not None
+        return cls(rows, width, items, query_index, key_index, query_bounds, key_bounds)
 
     @property
     def max_queries(self) -> int:
@@ -159,21 +178,26 @@ def _has_flash(query: Tensor) -> bool:
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None, window: int | None) -> Tensor:
-    """One call over all segments: keys gathered in their order, a shared prefix once per segment that sees it."""
+    """One call over all segments. Where prefixes are shared, keys are gathered in their order, a prefix once per
+    segment that sees it."""
     rows, heads, width, _ = q.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (R·T, heads, D)
-    queries = q if segments.query_index is None else q.index_select(0, segments.query_index)
+    if segments.query_index is not None:
+        q = q.index_select(0, segments.query_index)
+    if segments.key_index is not None:
+        k, v = (x.index_select(0, segments.key_index) for x in (k, v))
+    gqa: dict[str, Any] = {"enable_gqa": heads != k.shape[1]} if _ASKS_FOR_GQA else {}
     out = varlen_attn(
-        queries,
-        k.index_select(0, segments.key_index),
-        v.index_select(0, segments.key_index),
+        q,
+        k,
+        v,
         segments.query_bounds,
         segments.key_bounds,
         segments.max_queries,
         segments.max_keys,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=heads != k.shape[1],
+        **gqa,
     )
     assert isinstance(out, Tensor)  # nothing beside it was asked for
     if segments.query_index is not None:
@@ -241,7 +265,8 @@ def dense_mask(segments: Segments, window: int | None = None) -> Tensor:
         distance = queries - torch.arange(item.prefix + item.queries)
         seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
         mask[row][start:stop, keys] = seen
-    return mask[:, None].to(segments.key_index.device)
+    (there,) = to_device([mask[:, None]], segments.query_bounds.device)
+    return there
 
 
 def mask_argument(model: nn.Module, segments: Segments) -> Tensor | dict[str, Tensor]:
@@ -276,3 +301,31 @@ def segments_active(models: Sequence[nn.Module]) -> Iterator[None]:
             model.set_attn_implementation(SEGMENT_ATTENTION)
             stack.callback(model.set_attn_implementation, own)
         yield
+
+
+def prepare_deterministic() -> None:
+    """What `deterministic` needs on CUDA, before the first product there: a workspace of cuBLAS of a fixed size. One
+    that the environment states already is left, and torch says so if it won't do."""
+    os.environ.setdefault(*_CUBLAS_WORKSPACE)
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """torch's deterministic algorithms meanwhile, if `wanted`.
+
+    Flash's backward adds up dq with atomics, in whatever order its blocks come, unless it finds torch in this state
+    when it runs; so does the memory-efficient kernel's. An operation that has no deterministic algorithm then raises.
+    """
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill: Any = torch.utils.deterministic
+    filled = fill.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    fill.fill_uninitialized_memory = False  # costs a pass over every new tensor
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        fill.fill_uninitialized_memory = filled

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils.modeling import convert_file_size_to_int
 from transformers import TrainingArguments
 
 from fastdpo.checks import check_loss_options
 from fastdpo.dynamic_beta import DynamicBeta
 from fastdpo.losses import LOSSES
+from fastdpo.ops.tiles import MIN_WORKSPACE
 from fastdpo.training.model_config import DataConfig, ModelConfig
-from fastdpo.training.option_checks import check_conditions, check_fields
+from fastdpo.training.option_checks import automatic_optimizer, bytes_of, check_conditions, check_fields
 from fastdpo.version import __version__
 
 __all__ = ["DataConfig", "FastDPOConfig", "ModelConfig"]
@@ -88,9 +88,9 @@ class FastDPOConfig(TrainingArguments):
     """TrainingArguments plus the options of DPO and β-DPO.
 
     Names follow TRL's DPOConfig where it has the option. Differences from TrainingArguments' defaults: `bf16` is on
-    where the GPU has it, `optim` is paged 8-bit AdamW on a GPU, checkpointing is "auto", `logging_steps` is 10,
-    `logging_nan_inf_filter` is off and stays off. The batch that β, the filter and the loss see is
-    `per_device_train_batch_size × gradient_accumulation_steps` pairs per rank; how many of them share a forward is
+    where the GPU has it, `optim` is paged 8-bit AdamW on a GPU with bitsandbytes, checkpointing is "auto",
+    `logging_steps` is 10, `logging_nan_inf_filter` is off and stays off. The batch that β, the filter and the loss see
+    is `per_device_train_batch_size × gradient_accumulation_steps` pairs per rank; how many of them share a forward is
     `micro_batch_tokens` and changes nothing but memory and speed.
     """
 
@@ -100,7 +100,9 @@ class FastDPOConfig(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps; below 1, a share of them."})
     optim: str = field(
         default="auto",
-        metadata={"help": "Optimizer. auto: bitsandbytes' paged 8-bit AdamW on a GPU, torch's AdamW on a CPU."},
+        metadata={
+            "help": "Optimizer. auto: on a GPU bitsandbytes' paged 8-bit AdamW, where that is installed; else torch's."
+        },
     )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Must stay off: a non-finite loss stops the run and is never averaged away."}
@@ -173,6 +175,13 @@ class FastDPOConfig(TrainingArguments):
             "freed memory is then given back at once, which takes time."
         },
     )
+    head_workspace: str = field(
+        default="256MiB",
+        metadata={
+            "help": "On a GPU, what the head's exponentials of a chunk of the vocabulary may take; at least 64KiB. It "
+            "decides the order of sums, so a resumed run keeps it."
+        },
+    )
     gradient_checkpointing: str = field(
         default="auto",
         metadata={
@@ -190,6 +199,13 @@ class FastDPOConfig(TrainingArguments):
             "help": "Compute a prompt once for both answers. auto: where the model allows it and a check on the first "
             "batch agrees.",
             "choices": ["auto", "on", "off"],
+        },
+    )
+    deterministic_attention: bool = field(
+        default=False,
+        metadata={
+            "help": "Deterministic algorithms in training steps: on a GPU attention's backward then adds up in one "
+            "order, slower, and a resumed run is bitwise the same. On with full_determinism."
         },
     )
     packing: str = field(
@@ -222,8 +238,7 @@ class FastDPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self._resolve_checkpointing()
         if self.optim == "auto":
-            # Paged 8-bit states: a quarter of the memory, and spikes of it go to the host
-            self.optim = "paged_adamw_8bit" if torch.cuda.is_available() and not self.use_cpu else "adamw_torch"
+            self.optim = automatic_optimizer(torch.cuda.is_available() and not self.use_cpu)
         if self.bf16 is None:
             self.bf16 = (
                 not self.fp16 and not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -236,6 +251,7 @@ class FastDPOConfig(TrainingArguments):
         checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None  # type: ignore[assignment]
         super().__post_init__()
         self.gradient_checkpointing = checkpointing
+        self.deterministic_attention |= self.full_determinism
         self.dataloader_pin_memory &= torch.accelerator.is_available()  # there is nothing to pin for
         self._refuse_unsupported()
         try:
@@ -333,11 +349,10 @@ class FastDPOConfig(TrainingArguments):
                 raise ValueError(f"micro_batch_tokens={self.micro_batch_tokens!r}: 'auto' or a number of at least 1.")
 
     def _check_memory(self) -> None:
+        if bytes_of("head_workspace", self.head_workspace) < MIN_WORKSPACE:
+            raise ValueError(f"head_workspace={self.head_workspace!r}: at least 64KiB, such as 256MiB.")
         if self.memory_limit is not None:
-            try:
-                limit = convert_file_size_to_int(self.memory_limit.upper())
-            except ValueError as error:
-                raise ValueError(f"memory_limit={self.memory_limit!r}: a size such as 12GB or 8GiB.") from error
+            limit = bytes_of("memory_limit", self.memory_limit)
             if self.micro_batch_tokens != "auto":
                 raise ValueError(
                     f"memory_limit={self.memory_limit!r} has no effect with micro_batch_tokens="
@@ -359,7 +374,12 @@ class FastDPOConfig(TrainingArguments):
     @property
     def memory_limit_bytes(self) -> int | None:
         """`memory_limit` in bytes."""
-        return None if self.memory_limit is None else convert_file_size_to_int(self.memory_limit.upper())
+        return None if self.memory_limit is None else bytes_of("memory_limit", self.memory_limit)
+
+    @property
+    def head_workspace_bytes(self) -> int:
+        """`head_workspace` in bytes."""
+        return bytes_of("head_workspace", self.head_workspace)
 
     @property
     def train_token_budget(self) -> int:

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastdpo.reference import BetaPlan, PreferenceOutput
 from fastdpo.training.batch import TokenBatch
 from fastdpo.training.objective import Coefficients
 from fastdpo.training.scoring import PairScores
+
+
+@dataclass(frozen=True)
+class StepScores:
+    """What a step leaves beside its gradients.
+
+    scores: this rank's. everyone: those of all ranks. plan, output: β's plan and the loss of all pairs, where they were
+    needed on the way. new_references: this rank's pairs whose reference log-probs were not known before.
+    """
+
+    scores: PairScores
+    everyone: PairScores
+    plan: BetaPlan | None
+    output: PreferenceOutput | None
+    new_references: Sequence[int]
 
 
 class GlobalBatch:
@@ -44,7 +63,8 @@ class GlobalBatch:
         )
 
     def own_kept(self, keep: Tensor | None) -> list[int]:
-        """Positions in this rank's batch of the real pairs that are kept."""
+        """Positions in this rank's batch of the real pairs that are kept. Waits for `keep`, where there is one."""
         if keep is None:
             return list(range(self.own_real))
-        return torch.nonzero(keep[self.offset : self.offset + self.own_real]).flatten().tolist()
+        own = keep[self.offset : self.offset + self.own_real].tolist()
+        return [index for index, kept in enumerate(own) if kept]

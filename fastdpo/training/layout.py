@@ -14,14 +14,18 @@ Packing is first-fit decreasing: pairs by length, longest first, each into the f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastdpo.training.attention import Segment, Segments
+from fastdpo.training.transfer import to_device
+
+Part = TypeVar("Part")
 
 #: Filler for positions behind the end of a row. Causal attention never looks there, so any valid id serves, and no
 #: padding token of the tokenizer (often the end-of-sequence token) can be learnt by accident.
@@ -55,7 +59,8 @@ PLAIN = Layout()
 class MicroBatch:
     """P pairs in R rows of T tokens.
 
-    indices: (P,) positions of the pairs in their batch.
+    members: positions of the pairs in their batch.
+    indices: (P,) the same as a tensor.
     input_ids: (R, T).
     position_ids: (R, T), or None where a row is one sequence.
     segments: who attends to whom, or None where causality says it all.
@@ -63,8 +68,10 @@ class MicroBatch:
     score_rows: (N,) flat positions in R·T whose hidden state predicts a completion token; chosen completions first.
     targets: (N,) those tokens.
     completion_mask: (2P, C) True where a completion has a token, chosen first; its True entries are the N in order.
+    token_index: (N,) flat positions of these entries in 2P·C.
     """
 
+    members: tuple[int, ...]
     indices: Tensor
     input_ids: Tensor
     position_ids: Tensor | None
@@ -73,9 +80,10 @@ class MicroBatch:
     score_rows: Tensor
     targets: Tensor
     completion_mask: Tensor
+    token_index: Tensor
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.members)
 
 
 @dataclass(frozen=True)
@@ -158,22 +166,45 @@ def cut(pairs: Sequence[PairIds], order: Sequence[int], layout: Layout, budget: 
     return groups
 
 
-def lay_out(pairs: Sequence[PairIds], group: Sequence[int], layout: Layout, device: torch.device) -> MicroBatch:
-    """The pairs at `group` as a micro-batch on `device`."""
+def lay_out(pairs: Sequence[PairIds], group: Sequence[int], layout: Layout) -> MicroBatch:
+    """The pairs at `group` as a micro-batch on the host; `moved` brings it to a device."""
     members = [pairs[index] for index in group]
     completions = [pair.chosen for pair in members] + [pair.rejected for pair in members]
-    rows = _plain_rows(members) if layout.plain else _segmented_rows(members, layout, device)
+    rows = _plain_rows(members) if layout.plain else _segmented_rows(members, layout)
     lengths = torch.tensor([len(ids) for ids in completions])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
     return MicroBatch(
-        indices=torch.tensor(group, device=device),
-        input_ids=rows.input_ids.to(device),
-        position_ids=None if rows.position_ids is None else rows.position_ids.to(device),
+        members=tuple(group),
+        indices=torch.tensor(group),
+        input_ids=rows.input_ids,
+        position_ids=rows.position_ids,
         segments=rows.segments,
         masked=layout.masked,
-        score_rows=torch.cat(rows.score_rows).to(device),
-        targets=torch.cat(completions).to(device),
-        completion_mask=(torch.arange(int(lengths.max())) < lengths[:, None]).to(device),
+        score_rows=torch.cat(rows.score_rows),
+        targets=torch.cat(completions),
+        completion_mask=mask,
+        token_index=mask.flatten().nonzero().flatten(),
     )
+
+
+def moved(micros: Sequence[MicroBatch], device: torch.device) -> list[MicroBatch]:
+    """`micros` of the host on `device`, all of their tensors in one copy."""
+    parts = [part for micro in micros for part in (micro, micro.segments) if part is not None]
+    there = iter(to_device([getattr(part, name) for part in parts for name in _tensors(part)], device))
+    return [
+        replace(
+            _on_device(micro, there), segments=None if micro.segments is None else _on_device(micro.segments, there)
+        )
+        for micro in micros
+    ]
+
+
+def _tensors(part: Any) -> list[str]:
+    return [each.name for each in fields(part) if isinstance(getattr(part, each.name), Tensor)]
+
+
+def _on_device(part: Part, there: Iterator[Tensor]) -> Part:
+    return replace(part, **{name: next(there) for name in _tensors(part)})  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)
@@ -197,7 +228,7 @@ def _plain_rows(members: Sequence[PairIds]) -> _Rows:
     return _Rows(_stack([torch.cat(part) for part in parts], width), None, None, score_rows)
 
 
-def _segmented_rows(members: Sequence[PairIds], layout: Layout, device: torch.device) -> _Rows:
+def _segmented_rows(members: Sequence[PairIds], layout: Layout) -> _Rows:
     tokens = [pair.tokens(layout) for pair in members]
     width = sum(tokens) if layout.packing else max(tokens)
     starts = [sum(tokens[:i]) if layout.packing else i * width for i in range(len(members))]
@@ -208,6 +239,6 @@ def _segmented_rows(members: Sequence[PairIds], layout: Layout, device: torch.de
     return _Rows(
         _stack(ids, width),
         _stack(positions, width),
-        Segments.build(len(ids), width, [item for each in placed for item in each.segments], device),
+        Segments.build(len(ids), width, [item for each in placed for item in each.segments]),
         [each.chosen_rows for each in placed] + [each.rejected_rows for each in placed],
     )

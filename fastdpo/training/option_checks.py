@@ -1,9 +1,16 @@
-"""Checks that every options dataclass shares."""
+"""Checks that every options dataclass shares, and the options that depend on what is installed."""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import logging
 from dataclasses import fields
 from typing import Any
+
+from accelerate.utils.modeling import convert_file_size_to_int
+
+logger = logging.getLogger(__name__)
 
 
 def check_fields(config: Any) -> None:
@@ -32,3 +39,30 @@ def check_conditions(config: Any, met: set[str], conditions: tuple[tuple[tuple[s
             default = field_.default_factory() if callable(field_.default_factory) else field_.default
             if getattr(config, name) != default and not met & {name, condition}:
                 raise ValueError(f"{name}={getattr(config, name)!r} has no effect here: {advice}")
+
+
+def bytes_of(name: str, size: str) -> int:
+    """A size such as 12GB or 8GiB in bytes. Raises ValueError, naming the option, for anything else."""
+    try:
+        return int(convert_file_size_to_int(size.upper()))
+    except ValueError as error:
+        raise ValueError(f"{name}={size!r}: a size such as 12GB or 8GiB.") from error
+
+
+def automatic_optimizer(on_gpu: bool) -> str:
+    """What `optim="auto"` stands for, by transformers' name."""
+    if not on_gpu:
+        return "adamw_torch"
+    # Paged 8-bit states: a quarter of the memory, and spikes of it go to the host
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        return "paged_adamw_8bit"
+    _tell_of_missing_bitsandbytes()
+    return "adamw_torch_fused"
+
+
+@functools.cache
+def _tell_of_missing_bitsandbytes() -> None:
+    logger.warning(
+        "optim=auto is torch's fused AdamW, as bitsandbytes is not installed: its states take four times the memory of "
+        "paged 8-bit AdamW. pip install bitsandbytes, or set optim=adamw_torch_fused."
+    )

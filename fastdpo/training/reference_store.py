@@ -97,7 +97,7 @@ class ReferenceStoreMixin(ScoringMixin):
             scores = PairScores.zeros(*batch.lengths())
             missing = self.recall_reference(batch, scores)
             self.score(batch, scores, reference=missing)
-            self.keep_reference(batch, scores, missing)
+            self.keep_reference(batch, scores.reference(), missing)
 
         with self.layouts.active():
             while True:

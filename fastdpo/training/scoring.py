@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastdpo.functional import linear_logprob, selective_logprob
+from fastdpo.ops.tiles import WORKSPACE
 from fastdpo.reference import completion_weights
 from fastdpo.training.attention import mask_argument
 from fastdpo.training.head import Head, HeadReader, check_calls
@@ -51,6 +52,14 @@ class PairScores:
         values |= {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
         return cls(**values)
 
+    def at(self, indices: Tensor) -> PairScores:
+        """A copy of the scores of the pairs at `indices` (P,)."""
+        return PairScores.unstack(self.stack()[indices])
+
+    def reference(self) -> Tensor:
+        """(2, B) reference log-probs, chosen and rejected."""
+        return torch.stack([self.ref_chosen_logps, self.ref_rejected_logps])
+
     def stack(self) -> Tensor:
         """(B, 8) for collectives and for evaluation's gather."""
         return torch.stack([getattr(self, field.name) for field in fields(self)], dim=1)
@@ -76,10 +85,17 @@ class TokenScores:
 class CompletionScorer:
     """Runs micro-batches through a model and reduces token log-probs to the fields of `PairScores`."""
 
-    def __init__(self, ld_alpha: float | None = None, use_weighting: bool = False, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        ld_alpha: float | None = None,
+        use_weighting: bool = False,
+        backend: str = "auto",
+        workspace: int = WORKSPACE,
+    ) -> None:
         self.ld_alpha = ld_alpha
         self.use_weighting = use_weighting
         self.backend = backend
+        self.workspace = workspace
         self.heads = HeadReader()
 
     def tokens(self, model: PreTrainedModel, micro: MicroBatch, *, weighting: bool = False) -> TokenScores:
@@ -87,8 +103,7 @@ class CompletionScorer:
         head = self.heads.read(model)
         score = self._from_logits if head is None else partial(self._from_hidden, head)
         logps, log_sum_sq = score(model, micro, weighting)  # (N,) each
-        rows = _to_rows(logps, micro.completion_mask)
-        return TokenScores(rows, None if log_sum_sq is None else _to_rows(log_sum_sq, micro.completion_mask))
+        return TokenScores(_to_rows(logps, micro), None if log_sum_sq is None else _to_rows(log_sum_sq, micro))
 
     def _from_hidden(
         self, head: Head, model: PreTrainedModel, micro: MicroBatch, weighting: bool
@@ -103,6 +118,7 @@ class CompletionScorer:
             ignore_index=None,
             backend=self.backend,
             stats=("log_sum_sq_probs",) if weighting else (),
+            workspace=self.workspace,
         )
         return (scored, None) if isinstance(scored, Tensor) else (scored[0], scored[1]["log_sum_sq_probs"])
 
@@ -126,8 +142,9 @@ class CompletionScorer:
         chosen, rejected = (token_logps * self.token_weights(micro)).sum(1).chunk(2)
         return chosen, rejected
 
-    def fill_policy(self, scores: PairScores, result: TokenScores, micro: MicroBatch, at: Tensor) -> None:
-        """Write the policy's detached results for `micro` into `scores` at the positions `at` (P,)."""
+    def fill_policy(self, scores: PairScores, result: TokenScores, micro: MicroBatch) -> None:
+        """Write the policy's detached results for `micro` into `scores`."""
+        at = micro.indices
         token_logps = result.logps.detach().to(scores.chosen_logps)
         scores.chosen_logps[at], scores.rejected_logps[at] = self.pair_logps(token_logps, micro)
         scores.chosen_sums[at] = token_logps.sum(1).chunk(2)[0]
@@ -149,9 +166,11 @@ class CompletionScorer:
         return chosen * rejected
 
 
-def _to_rows(values: Tensor, mask: Tensor) -> Tensor:
+def _to_rows(values: Tensor, micro: MicroBatch) -> Tensor:
     """(N,) values in row order → (2P, C), 0 elsewhere."""
-    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+    # By index: a mask would have to be counted, forward or backward, and the host would wait for the count
+    rows = values.new_zeros(micro.completion_mask.numel()).index_copy(0, micro.token_index, values)
+    return rows.view_as(micro.completion_mask)
 
 
 def model_inputs(model: PreTrainedModel, micro: MicroBatch) -> dict[str, Any]:

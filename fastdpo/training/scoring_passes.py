@@ -7,8 +7,8 @@ all pairs, at β0: the figures depend neither on the evaluation batch nor on the
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -27,8 +27,17 @@ from fastdpo.training.reference_cache import ReferenceCache
 from fastdpo.training.reference_policy import ReferencePolicy
 from fastdpo.training.scoring import CompletionScorer, PairScores, TokenScores
 from fastdpo.training.sharded import ShardedMixin
+from fastdpo.training.transfer import to_device
 
 logger = logging.getLogger(__name__)
+
+
+class ScoringMicros(NamedTuple):
+    """Micro-batches of pairs that the policy, the reference, or both are to score."""
+
+    micros: list[MicroBatch]
+    by_policy: bool
+    by_reference: bool
 
 
 class ScoringMixin(ShardedMixin):
@@ -44,6 +53,14 @@ class ScoringMixin(ShardedMixin):
     layouts: LayoutChoice
     memory: MemoryPlan
     reference_cache: ReferenceCache
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', but batches stay on the host, where rows are made of them."""
+        own, self.accelerator.device_placement = self.accelerator.device_placement, False
+        try:
+            return super()._get_dataloader(*args, **kwargs)
+        finally:
+            self.accelerator.device_placement = own
 
     def policy(self) -> PreTrainedModel:
         """The model itself, not its wrapper: gradients are summed explicitly, and never by DDP's hooks."""
@@ -64,18 +81,32 @@ class ScoringMixin(ShardedMixin):
     ) -> None:
         """Fill in log-probs of the policy and of the reference for pairs of `batch`, both over the same micro-batches
         where both are asked for."""
+        self.score_micros(batch, scores, self.scoring_micros(batch, policy, reference))
+
+    def scoring_micros(
+        self, batch: TokenBatch, policy: Collection[int], reference: Collection[int]
+    ) -> list[ScoringMicros]:
+        """What `score_micros` takes, on the device already: nothing of it is made between two forwards."""
         policy, reference = set(policy), set(reference)
-        for group, by_policy, by_reference in (
-            (policy & reference, True, True),
-            (policy - reference, True, False),
-            (reference - policy, False, True),
-        ):
-            for micro, counts in self.in_step(batch, self.cut(batch, self.memory.score_tokens, group)):
+        return [
+            ScoringMicros(self.cut(batch, self.memory.score_tokens, group), by_policy, by_reference)
+            for group, by_policy, by_reference in (
+                (policy & reference, True, True),
+                (policy - reference, True, False),
+                (reference - policy, False, True),
+            )
+        ]
+
+    @torch.no_grad()
+    def score_micros(self, batch: TokenBatch, scores: PairScores, passes: Sequence[ScoringMicros]) -> None:
+        """`score` over micro-batches that are laid out."""
+        for micros, by_policy, by_reference in passes:
+            for micro, counts in self.in_step(batch, micros):
                 if by_policy:
                     with without_dropout(self.policy()) as model:
                         result = self.forward_tokens(model, micro, weighting=self.args.use_weighting)
                     if counts:
-                        self.scorer.fill_policy(scores, result, micro, micro.indices)
+                        self.scorer.fill_policy(scores, result, micro)
                 if by_reference:
                     with self.reference.active() as model, without_dropout(model):
                         result = self.forward_tokens(model, micro)
@@ -83,19 +114,21 @@ class ScoringMixin(ShardedMixin):
                         self.scorer.fill_reference(scores, result, micro)
 
     def recall_reference(self, batch: TokenBatch, scores: PairScores) -> list[int]:
-        """Fill in the reference's log-probs that are known; the pairs whose are not."""
+        """Fill in the reference's log-probs that are known, in one copy; the pairs whose are not."""
         if not self.objective.needs_reference:
             return []
         known = self.reference_cache.get([batch.key(i) for i in range(len(batch))])
-        scores.ref_chosen_logps = known.chosen.nan_to_num().to(scores.ref_chosen_logps)
-        scores.ref_rejected_logps = known.rejected.nan_to_num().to(scores.ref_rejected_logps)
+        values = torch.stack([known.chosen, known.rejected]).nan_to_num()
+        (there,) = to_device([values.to(scores.ref_chosen_logps.dtype)], batch.device)
+        scores.ref_chosen_logps, scores.ref_rejected_logps = there[0], there[1]
         return known.missing
 
-    def keep_reference(self, batch: TokenBatch, scores: PairScores, computed: list[int]) -> None:
-        """Keep the reference's log-probs of the pairs at `computed`."""
+    def keep_reference(self, batch: TokenBatch, values: Tensor, computed: list[int]) -> None:
+        """Keep the reference's log-probs of the pairs at `computed` out of those of the batch: (2, B), chosen and
+        rejected. On a device this waits for them."""
         if computed:
-            keys = [batch.key(i) for i in computed]
-            self.reference_cache.put(keys, scores.ref_chosen_logps[computed], scores.ref_rejected_logps[computed])
+            chosen, rejected = values.cpu()[:, computed]
+            self.reference_cache.put([batch.key(i) for i in computed], chosen, rejected)
 
     @torch.no_grad()
     def prediction_step(
@@ -109,7 +142,7 @@ class ScoringMixin(ShardedMixin):
 
         Memory that runs out halves the scoring budget, on this rank: what the ranks compute does not depend on it.
         """
-        batch = TokenBatch(self._prepare_inputs(inputs), self.args.device)
+        batch = TokenBatch(inputs, self.args.device)
         self.layouts.settle(batch, self.accelerator.autocast)
         with self.layouts.active():
             while True:
@@ -125,11 +158,12 @@ class ScoringMixin(ShardedMixin):
         missing = self.recall_reference(batch, scores)
         if self.most(bool(missing)) and not self.most(not self.reference.equals_policy()):
             self.score(batch, scores, policy=everything)
-            scores.ref_chosen_logps[missing] = scores.chosen_logps[missing]
-            scores.ref_rejected_logps[missing] = scores.rejected_logps[missing]
+            (at,) = to_device([torch.tensor(missing)], batch.device)
+            scores.ref_chosen_logps[at] = scores.chosen_logps[at]
+            scores.ref_rejected_logps[at] = scores.rejected_logps[at]
         else:
             self.score(batch, scores, policy=everything, reference=missing)
-        self.keep_reference(batch, scores, missing)
+        self.keep_reference(batch, scores.reference(), missing)
         return scores.stack()
 
     def evaluation_metrics(self, prediction: EvalPrediction) -> dict[str, float]:

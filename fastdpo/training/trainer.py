@@ -9,11 +9,17 @@ One dataloader batch is one optimizer batch. `training_step` cuts it into micro-
 4. gradients are summed over ranks once.
 The update therefore depends neither on the cut nor on the number of ranks, and a step that runs out of memory is
 repeated with a finer cut.
+
+The host waits for the device twice: for the pairs that a plan keeps, where there is one, and for the loss at the end,
+with which new reference log-probs come. All else that says what to launch is the host's own. Several ranks also wait
+where they have to agree: on memory that ran out, on dropout with coupled pairs, and with FSDP on the number of passes.
+With one row per answer, transformers looks in each forward whether rows hold several sequences, which waits too.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,8 +42,9 @@ from transformers.trainer_callback import ProgressCallback
 
 from fastdpo.backends import resolve_backend
 from fastdpo.data import PreferenceCollator
-from fastdpo.reference import BetaPlan
+from fastdpo.reference import BetaPlan, PreferenceOutput
 from fastdpo.training.artifacts import CARD_FILE, write_card
+from fastdpo.training.attention import deterministic, prepare_deterministic
 from fastdpo.training.batch import PairFeatures, TokenBatch
 from fastdpo.training.callbacks import (
     CommitStatistics,
@@ -49,7 +56,7 @@ from fastdpo.training.callbacks import (
 from fastdpo.training.checkpointing import CheckpointMixin
 from fastdpo.training.config import FastDPOConfig
 from fastdpo.training.fingerprint import reference_identity
-from fastdpo.training.global_batch import GlobalBatch
+from fastdpo.training.global_batch import GlobalBatch, StepScores
 from fastdpo.training.layout import MicroBatch
 from fastdpo.training.layout_choice import LayoutChoice
 from fastdpo.training.memory_plan import MemoryPlan, RetryStep, get_rng_state, set_rng_state
@@ -127,6 +134,8 @@ class FastDPOTrainer(CheckpointMixin, ReferenceStoreMixin, MemoryTrialMixin, Sco
                 "launch), or choose one with CUDA_VISIBLE_DEVICES."
             )
         resolve_backend(args.backend, args.device)
+        if args.deterministic_attention:
+            prepare_deterministic()
         set_seed(args.seed)  # fresh adapters are random
         model = resolve_model(model, args, quantization_config, "model")
         ref_model = None if ref_model is None else resolve_model(ref_model, args, quantization_config, "ref_model")
@@ -162,7 +171,7 @@ class FastDPOTrainer(CheckpointMixin, ReferenceStoreMixin, MemoryTrialMixin, Sco
             self.reference.agree_on_fingerprint()
         self.objective = Objective(folded)
         self.scorer = CompletionScorer(
-            ld_alpha=folded.ld_alpha, use_weighting=folded.use_weighting, backend=folded.backend
+            folded.ld_alpha, folded.use_weighting, folded.backend, folded.head_workspace_bytes
         )
         self.memory = MemoryPlan(folded, self.model, repeats=not self.is_fsdp_enabled)
         models = [self.model] if ref_model is None else [self.model, ref_model]
@@ -196,16 +205,15 @@ class FastDPOTrainer(CheckpointMixin, ReferenceStoreMixin, MemoryTrialMixin, Sco
         model.train()
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             self.optimizer.train()
-        batch = TokenBatch(self._prepare_inputs(inputs), self.args.device)
+        batch = TokenBatch(inputs, self.args.device)
         window = GlobalBatch(batch, self.args.process_index, self.args.world_size, self._real_pairs(len(batch)))
         self.layouts.settle(batch, self.accelerator.autocast)
         self.settle_memory()
-        with self.layouts.active():
-            everyone, plan = self._repeat_until_it_fits(batch, window)
+        with self.layouts.active(), deterministic(self.args.deterministic_attention):
+            step = self._repeat_until_it_fits(batch, window)
         self._sum_gradients()
-        self.share_reference()
-        loss = self._record(everyone, plan, batch)
-        self._pending_plan = plan
+        loss = self._record(step, batch)
+        self._pending_plan = step.plan
         self._empty_cache_if_due()
         return loss
 
@@ -218,79 +226,98 @@ class FastDPOTrainer(CheckpointMixin, ReferenceStoreMixin, MemoryTrialMixin, Sco
         last = len(self.train_dataset) % (self.args.train_batch_size * self.args.world_size)
         return last or total
 
-    def _repeat_until_it_fits(self, batch: TokenBatch, window: GlobalBatch) -> tuple[PairScores, BetaPlan | None]:
+    def _repeat_until_it_fits(self, batch: TokenBatch, window: GlobalBatch) -> StepScores:
         """The step's gradients. Memory that runs out on any rank makes all of them start it again with less at once:
         from the same statistics, the same random numbers and no gradients, so that nothing is lost or counted twice."""
         random_state = get_rng_state(self.args.device)
-        while True:
-            self._scoring = True
-            try:
-                return self._gradients_of(batch, window)
-            except RetryStep as retry:
-                cause = retry.cause
-            self.model.zero_grad()
-            set_rng_state(self.args.device, random_state)
-            self.memory.shrink(self.layouts.tokens(batch), scoring=self._scoring, cause=cause)
-
-    def _gradients_of(self, batch: TokenBatch, window: GlobalBatch) -> tuple[PairScores, BetaPlan | None]:
         scores = PairScores.zeros(*batch.lengths())
         if self.args.reference == "online":
             missing = list(range(len(batch))) if self.objective.needs_reference else []
         else:
             missing = self.recall_reference(batch, scores)
-        coupled = self.objective.couples_batch
-        micros = self.cut(batch, self.memory.train_tokens, range(len(batch)))
+        to_score = missing
+        while True:
+            self._scoring = True
+            try:
+                everyone, plan, output = self._gradients_of(batch, window, scores, to_score)
+                return StepScores(scores, everyone, plan, output, () if self.args.reference == "online" else missing)
+            except RetryStep as retry:
+                cause = retry.cause
+            if not self._scoring:
+                to_score = []  # the reference is in `scores`
+            self.model.zero_grad()
+            set_rng_state(self.args.device, random_state)
+            self.memory.shrink(self.layouts.tokens(batch), scoring=self._scoring, cause=cause)
+
+    def _gradients_of(
+        self, batch: TokenBatch, window: GlobalBatch, scores: PairScores, missing: Sequence[int]
+    ) -> tuple[PairScores, BetaPlan | None, PreferenceOutput | None]:
+        """The scores of all ranks, the plan, and the loss where it was computed on the way. `missing`: the pairs whose
+        reference is to be scored.
+
+        All micro-batches that are known at the start go to the device before the first forward.
+        """
+        coupled, layout = self.objective.couples_batch, self.layouts.layout
+        own = range(len(batch) if coupled else window.own_real)
+        groups = batch.groups(self.memory.train_tokens, own, layout)
         # With dropout on, log-probs with and without a graph differ: either all pairs of all ranks are scored with one
         # or none
-        holds = coupled and (self.args.disable_dropout or self.memory.over_ranks(len(micros)) == 1)
-        first = micros[0] if holds else None
-        rest = set(range(len(batch))) - set(first.indices.tolist() if first is not None else ())
-        self.memory.guarded(lambda: self.score(batch, scores, policy=rest if coupled else (), reference=missing))
-        if self.args.reference != "online":
-            self.keep_reference(batch, scores, missing)
+        holds = coupled and (self.args.disable_dropout or self.memory.over_ranks(len(groups)) == 1)
+        if coupled:
+            groups = groups[:1] if holds else []
+        rest = set(range(len(batch))) - {index for group in groups for index in group}
+
+        def score() -> list[MicroBatch]:
+            micros = batch.lay_out(groups, layout)
+            self.score_micros(batch, scores, self.scoring_micros(batch, rest if coupled else (), missing))
+            return micros
+
+        micros = self.memory.guarded(score)
         self._scoring = False
         if coupled:
-            return self._train_coupled(batch, scores, window, first)
-        return self._train_separable(batch, scores, window), None
+            return self._train_coupled(batch, scores, window, micros[0] if micros else None)
+        return self._train_separable(batch, scores, window, micros), None, None
 
     def _train_coupled(
         self, batch: TokenBatch, scores: PairScores, window: GlobalBatch, first: MicroBatch | None
-    ) -> tuple[PairScores, BetaPlan | None]:
+    ) -> tuple[PairScores, BetaPlan | None, PreferenceOutput]:
         """`first` is a micro-batch whose pairs are not scored yet: its graph is kept from here to its backward."""
         held: TokenScores | None = None
         if first is not None:
             held = self.memory.guarded(
                 lambda: self.forward_tokens(self.policy(), first, weighting=self.args.use_weighting)
             )
-            self.scorer.fill_policy(scores, held, first, first.indices)
+            self.scorer.fill_policy(scores, held, first)
         everyone = window.gather(scores)
         plan = self.objective.plan(everyone, self.dynamic_beta)
-        coefficients = window.own(self.objective.coefficients(everyone, plan))
+        whole, output = self.objective.evaluate(everyone, plan)
+        coefficients = window.own(whole)
         kept = set(window.own_kept(None if plan is None else plan.keep))
 
         def train() -> None:
-            if held is not None and first is not None:
-                own = set(first.indices.tolist())
-                if kept & own or self.is_fsdp_enabled:  # where ranks go backward together
-                    self._backward(held, first, coefficients)
-                kept.difference_update(own)
-            for micro, counts in self.in_step(batch, self.cut(batch, self.memory.train_tokens, kept)):
-                self._backward(self.forward_tokens(self.policy(), micro), micro, coefficients, counts)
+            # Which pairs are left is known only now
+            rest = kept - set(first.members if first is not None else ())
+            micros = self.cut(batch, self.memory.train_tokens, rest)
+            if held is not None and first is not None and (not kept.isdisjoint(first.members) or self.is_fsdp_enabled):
+                self._backward(held, first, coefficients.at(first.indices))  # with FSDP ranks go backward together
+            for micro, counts in self.in_step(batch, micros):
+                result = self.forward_tokens(self.policy(), micro)
+                self._backward(result, micro, coefficients.at(micro.indices), counts)
 
         self.memory.guarded(train)
-        return everyone, plan
+        return everyone, plan, output
 
-    def _train_separable(self, batch: TokenBatch, scores: PairScores, window: GlobalBatch) -> PairScores:
-        everyone = window.gather(scores)  # lengths and reference: c of a pair needs no other pair's log-probs
+    def _train_separable(
+        self, batch: TokenBatch, scores: PairScores, window: GlobalBatch, micros: Sequence[MicroBatch]
+    ) -> PairScores:
+        whole = self.objective.size(window.gather(scores))  # lengths: c of a pair needs no other pair's log-probs
 
         def train() -> None:
-            micros = self.cut(batch, self.memory.train_tokens, window.own_kept(None))
             for micro, counts in self.in_step(batch, micros):
                 result = self.forward_tokens(self.policy(), micro, weighting=self.args.use_weighting)
                 if counts:
-                    self.scorer.fill_policy(scores, result, micro, micro.indices)
-                    self.scorer.fill_policy(everyone, result, micro, micro.indices + window.offset)
-                self._backward(result, micro, window.own(self.objective.coefficients(everyone)), counts)
+                    self.scorer.fill_policy(scores, result, micro)
+                self._backward(result, micro, self.objective.coefficients(scores.at(micro.indices), whole), counts)
 
         self.memory.guarded(train)
         return window.gather(scores)
@@ -299,11 +326,10 @@ class FastDPOTrainer(CheckpointMixin, ReferenceStoreMixin, MemoryTrialMixin, Sco
         self, result: TokenScores, micro: MicroBatch, coefficients: Coefficients, counts: bool = True
     ) -> None:
         """Backpropagate Σ c·logp over the micro-batch, which has the gradient of the whole batch's loss; zeros where
-        the micro-batch does not count."""
-        at = micro.indices
-        per_row = torch.cat([coefficients.chosen[at], coefficients.rejected[at]])
+        the micro-batch does not count. `coefficients`: of its pairs, in their order."""
+        per_row = torch.cat([coefficients.chosen, coefficients.rejected])
         per_token = per_row[:, None] * self.scorer.token_weights(micro)
-        per_token[: len(micro)] += coefficients.chosen_sums[at, None] * micro.completion_mask[: len(micro)]
+        per_token[: len(micro)] += coefficients.chosen_sums[:, None] * micro.completion_mask[: len(micro)]
         self.accelerator.backward((per_token * result.logps).sum() * counts)
 
     def _sum_gradients(self) -> None:
@@ -326,19 +352,25 @@ class FastDPOTrainer(CheckpointMixin, ReferenceStoreMixin, MemoryTrialMixin, Sco
                     grad.copy_(summed.view_as(grad))
 
     @torch.no_grad()
-    def _record(self, everyone: PairScores, plan: BetaPlan | None, batch: TokenBatch) -> Tensor:
-        """The step's one look at its numbers: refuse what is not finite, keep the metrics, return the loss."""
-        output = self.objective.loss(everyone, plan)
-        metrics = self.objective.metrics(everyone, output, plan)
+    def _record(self, step: StepScores, batch: TokenBatch) -> Tensor:
+        """The step's one look at its numbers: keep new reference log-probs, refuse what is not finite, keep the
+        metrics, return the loss."""
+        output = self.objective.loss(step.everyone, step.plan) if step.output is None else step.output
+        metrics = self.objective.metrics(step.everyone, output, step.plan)
         grads = [p.grad for p in self.policy().parameters() if p.grad is not None]
         # With fp16 a loss scaler looks for infinite gradients itself and skips the step.
         grad_norm = torch.zeros_like(output.loss)
         if self.accelerator.scaler is None and grads:
             grad_norm = gradient_norm(grads)
-        values = torch.stack([output.loss, grad_norm.to(output.loss), *metrics.values()]).tolist()
-        if not all(map(torch.isfinite, torch.tensor(values[:2]))):
-            stop_on_nonfinite(self.args, self.state.global_step + 1, values[0], values[1], everyone, batch.example_ids)
-        for name, value in zip(metrics, values[2:], strict=True):
+        numbers = torch.stack([output.loss, grad_norm.to(output.loss), *metrics.values()])
+        references = step.scores.reference()
+        read = torch.cat([numbers, references.flatten().to(numbers)]).cpu()  # all that the host wants to know, at once
+        self.keep_reference(batch, read[len(numbers) :].view_as(references), list(step.new_references))
+        self.share_reference()
+        loss, norm, *values = read[: len(numbers)].tolist()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            stop_on_nonfinite(self.args, self.state.global_step + 1, loss, norm, step.everyone, batch.example_ids)
+        for name, value in zip(metrics, values, strict=True):
             self._step_metrics[name].append(value)
         return output.loss.detach()
 

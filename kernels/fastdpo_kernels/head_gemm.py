@@ -66,7 +66,7 @@ def _head_gemm_kernel(
     exps_ptr: tl.tensor | None,
     flags_ptr: tl.tensor,
     rows: tl.tensor,
-    hidden: tl.tensor,
+    hidden_units: tl.tensor,
     first_column: tl.tensor,
     columns: tl.tensor,
     stride_hidden: tl.tensor,
@@ -78,6 +78,7 @@ def _head_gemm_kernel(
     CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    UNIT: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -102,6 +103,8 @@ def _head_gemm_kernel(
     a_ptrs = hidden_ptr + first_row.to(tl.int64) * stride_hidden + (a_row[:, None] * stride_hidden + k[None, :])
     b_base = weight_ptr + (first_column + first).to(tl.int64) * stride_weight
     b_ptrs = b_base + (b_row[None, :] * stride_weight + k[:, None])
+    # In units of 16 bytes, so that a mask's end is known to be aligned and copies stay whole
+    hidden = hidden_units * UNIT
     x = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, hidden, BLOCK_K):
         if EVEN_K:
@@ -135,7 +138,7 @@ def _head_gemm_kernel(
     top = tl.max(z, axis=1)
     # A tile without a finite logit has top = −∞: its exponentials then refer to 0, and vanish
     centre = tl.where(top == -float("inf"), 0.0, top)
-    exps = tl.where(at_target, 0.0, tl.exp2(z - centre[:, None]))
+    exps = tl.exp2(tl.where(at_target, -float("inf"), z - centre[:, None]))
     partial = (first_column // BLOCK_N + pid_n).to(tl.int64) * rows + row
     tl.store(tops_ptr + partial, top, mask=inside_row)
     tl.store(sums_ptr + partial, tl.sum(exps, axis=1), mask=inside_row)
@@ -293,6 +296,9 @@ def head_gemm(
         check_tile("exps", exps, hidden.dtype, shape=torch.Size((rows, columns)))
     if rows == 0 or columns == 0:
         return
+    unit = 16 // hidden.itemsize
+    if hidden.shape[1] % unit:
+        raise ValueError(f"hidden has {hidden.shape[1]} columns; a multiple of {unit}, 16 bytes, is needed.")
     tiles = -(-columns // tile.columns)
     if first_column % tile.columns or partials.tops.shape[0] < first_column // tile.columns + tiles:
         raise ValueError(
@@ -302,12 +308,13 @@ def head_gemm(
     estimate, flags = (None, None) if reference is None else reference
     _head_gemm_kernel[(triton.cdiv(rows, tile.rows) * tiles,)](
         hidden, weight, bias, targets, estimate, *partials, exps, flags,
-        rows, hidden.shape[1], first_column, columns,
+        rows, hidden.shape[1] // unit, first_column, columns,
         hidden.stride(0), weight.stride(0), 0 if exps is None else exps.stride(0),
         *log2_scales(logit_scale, temperature, softcap), LIFT_LIMIT,
         CAPPED=softcap is not None,
         PRECISION="tf32" if hidden.dtype == torch.float32 else "ieee",
         UPCAST=hidden.dtype == torch.bfloat16 and _INTERPRETED,
+        UNIT=unit,
         EVEN_K=hidden.shape[1] % tile.depth == 0,
         BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.depth, GROUP_M=tile.group,
         num_warps=tile.warps, num_stages=tile.stages,

@@ -58,7 +58,7 @@ TILES = {
     (120, "tf32"): Tile(128, 128, 16, 8, 4),
 }
 #: Where Triton interprets: small, so that small shapes have several.
-INTERPRETED = Tile(16, 32, 16, 4, 1, 2)
+INTERPRETED = Tile(32, 64, 32, 4, 1, 2)
 #: What a search tries.
 CANDIDATES = (
     *(Tile(128, 256, 64, 8, stages) for stages in (3, 4)),
