@@ -1,5 +1,6 @@
 # make demo   align a small model on this machine       make test   run the tests
 # make lint   format, rules, types                       make dist   build wheel and sdist
+# make test-floor   tests with the oldest triton and transformers that are supported (requirements/floor.txt)
 # make bench  ratios of time and memory against the peers (about 7 minutes)
 # ARGS="..." is passed on: make demo ARGS="--pairs all --minutes 60", make test ARGS="-k resume"
 
@@ -8,13 +9,20 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test bench lint format dist clean
+.PHONY: demo test test-floor bench lint format dist clean
 
 demo: $(VENV)/.run
 	$(BIN)/fastdpo demo --overwrite_output_dir $(ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
+
+FLOOR := $(abspath $(VENV))/floor
+# Every kernel, and a cut through the trainer; CONTRIBUTING.md names the wider selection
+FLOOR_TESTS ?= $(patsubst %,tests/test_%.py,kernels_compile rng head_kernels fused_head selective_logprob preference_ops \
+  scoring prefix_sharing cli trl_trainer quantized)
+test-floor: $(VENV)/.floor
+	FASTDPO_TEST_FLOOR=$(FLOOR) PYTHONPATH=$(FLOOR) $(BIN)/python -m pytest $(FLOOR_TESTS) $(ARGS)
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -44,6 +52,11 @@ $(VENV)/.run: requirements/run.txt requirements/demo-model.txt pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.run requirements/dev.txt
 	$(BIN)/python -m pip install --quiet --requirement requirements/dev.txt
+	touch $@
+
+$(VENV)/.floor: $(VENV)/.dev requirements/floor.txt
+	rm -rf $(FLOOR)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(FLOOR) --requirement requirements/floor.txt
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.dev requirements/bench.txt

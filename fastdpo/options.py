@@ -18,7 +18,8 @@ _COMMON = {
     "fp16", "logging_steps", "report_to", "eval_strategy", "eval_steps", "per_device_eval_batch_size", "save_strategy",
     "save_steps", "save_total_limit", "resume_from_checkpoint", "push_to_hub", "seed",
 }  # fmt: skip
-
+if not hasattr(TrainingArguments, "activation_checkpointing"):  # its name from transformers 5.21 on
+    _COMMON.add("gradient_checkpointing")
 
 #: Names the default without printing it, so that the formatter does not add "(default: None)".
 _NO_DEFAULT = "%(default).0s"

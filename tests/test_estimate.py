@@ -27,6 +27,7 @@ from fastdpo.estimate.skeleton import Skeleton, is_4bit, quantization_constants,
 from fastdpo.estimate.timing import time_micro_batch
 from fastdpo.estimate.tracking import LiveBytes, gemm_4bit_workspace
 from fastdpo.training.config import ModelConfig
+from fastdpo.training.memory_plan import checkpointing_name, enable_checkpointing
 from fastdpo.training.model import lora_config
 
 NF4 = BitsAndBytesConfig(
@@ -85,11 +86,11 @@ def saved_bytes(model: nn.Module, row: Row) -> int:
 def test_count_without_weights_equals_real_tensors(real: nn.Module, tokens: int, checkpointing: bool) -> None:
     row = Row(tokens, SHAPE)
     if checkpointing:
-        real.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(real, {"use_reentrant": False})
     try:
         found = count_live(real, row)
     finally:
-        real.activation_checkpointing_disable()
+        getattr(real, f"{checkpointing_name(real)}_checkpointing_disable")()
     assert ConfigCounter(config(), training(checkpointing=checkpointing)).count(row) == found
     assert found.peak > found.kept > 0
 
@@ -189,15 +190,17 @@ def test_work_is_counted_as_the_formulas_say() -> None:
     weights = 2 * (first + hidden * hidden + 3 * hidden * wide)
     sums = 2 * (4 * hidden + 2 * (hidden + kv) + 3 * (hidden + wide))  # in + out of every LoRA
     visible = 17 * 18 // 2 + 7 * 10 + 7 * 8 // 2
+    # Older transformers form the rotary angles, one per token and frequency, as a product
+    angles = 2 * 24 * 16
 
     scoring = time_micro_batch(counter, row, GPUS[0], training=False).flops
-    assert scoring["frozen GEMMs"] == 2 * 24 * weights
+    assert scoring["frozen GEMMs"] - 2 * 24 * weights in (0, angles)
     assert scoring["LoRA"] == 2 * 24 * rank * sums
     assert scoring["attention"] == 2 * 2 * 2 * hidden * visible
     assert scoring["head"] == 2 * 14 * hidden * vocab
 
     both = time_micro_batch(counter, row, GPUS[0], training=True).flops
-    assert both["frozen GEMMs"] == 2 * 24 * (2 * weights - first)
+    assert both["frozen GEMMs"] - 2 * 24 * (2 * weights - first) in (0, angles)
     assert both["LoRA"] == 2 * 24 * rank * (3 * sums - 3 * hidden)
     assert both["attention"] == 2 * 7 * 2 * hidden * visible
     assert both["head"] == 2 * 2 * 14 * hidden * vocab

@@ -19,6 +19,7 @@ from worker import state
 from fastdpo.training import scoring
 from fastdpo.training.head import Head, HeadReader, OpaqueHead, find_head
 from fastdpo.training.layout import MicroBatch
+from fastdpo.training.memory_plan import enable_checkpointing
 from fastdpo.training.model import disable_dropout
 from fastdpo.training.scoring import CompletionScorer
 
@@ -99,7 +100,7 @@ def test_adapter_on_a_frozen_head(name: str, checkpointing: bool, caplog: pytest
     """The policy with its adapter, and the reference with the adapter off: both without the model's own logits."""
     model = adapted(made(name))
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model, {"use_reentrant": False})
         model.enable_input_require_grads()
     scorer = CompletionScorer()
     assert isinstance(scorer.heads.read(model), Head)

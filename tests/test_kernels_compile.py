@@ -210,6 +210,7 @@ SPECS = {
         shared=4 * 1024,
     ),
     "row sums": Spec("sequence_logps:_row_sums_kernel", {"BLOCK": 32, "TOKENS": 32}, LOSS_TYPES, shared=4 * 1024),
+    "row values": Spec("sequence_logps:_expand_rows_kernel", {"BLOCK": 32, "TOKENS": 32}, LOSS_TYPES, shared=4 * 1024),
     "noise": Spec("rng:_noise_kernel", {"GUMBEL": True, "BLOCK": 256}, {"step_ptr": "*i64", "seed": "i64"}),
 }
 

@@ -188,9 +188,7 @@ def ragged(lengths: list[int], seed: int = 0, before: int = 0, after: int = 0) -
     return -torch.rand(n, generator=g).double(), -torch.rand(n, generator=g).double(), boundaries
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "sft", "aot", ["cpo", "aot_unpaired"]])
-def test_token_form_is_the_sequence_form_of_the_sums(loss_type: Any, backend: str) -> None:
+def assert_token_form(loss_type: Any, backend: str) -> None:
     """Rows of 0 to 70 tokens, with tokens outside all rows; gradient of a token is its row's, 0 outside."""
     lengths = [3, 0, 70, 1, 9, 33]
     tokens, ref_tokens, boundaries = ragged(lengths, before=2, after=3)
@@ -219,6 +217,47 @@ def test_token_form_is_the_sequence_form_of_the_sums(loss_type: Any, backend: st
         )
         assert alone[:2].tolist() == [0.0, 0.0]
         assert alone[-3:].tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "sft", "aot", ["cpo", "aot_unpaired"]])
+def test_token_form_is_the_sequence_form_of_the_sums(loss_type: Any, backend: str) -> None:
+    assert_token_form(loss_type, backend)
+
+
+@pytest.fixture
+def in_grid(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Every batch takes the path of large ones; the tokens of each gradient that was laid out by a grid."""
+    from fastdpo_kernels import preference_loss as kernels
+
+    tokens: list[int] = []
+    values = kernels.row_values
+    monkeypatch.setattr(kernels, "ROWS_IN_GRID_ABOVE", 0)
+    monkeypatch.setattr(kernels, "row_values", lambda *args: [tokens.append(args[2]), values(*args)][1])
+    return tokens
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "sft"])
+def test_token_form_of_a_large_batch(loss_type: str, in_grid: list[int]) -> None:
+    assert_token_form(loss_type, "triton")
+    assert in_grid == [121] * 4
+
+
+def test_plan_over_tokens_of_a_large_batch(in_grid: list[int]) -> None:
+    """β, kept pairs and gradients over three steps are those of the oracle, from tokens of 40 pairs."""
+    ours, truth = (DynamicBeta(alpha=2.0, keep_ratio=0.6, seed=4) for _ in range(2))
+    for step in range(3):
+        lengths = torch.randint(0, 40, (80,), generator=torch.Generator().manual_seed(step)).tolist()
+        tokens, ref_tokens, boundaries = ragged(lengths, seed=step)
+        grads = []
+        for beta, backend in ((ours, "triton"), (truth, "torch")):
+            leaf = tokens.float().requires_grad_()
+            output = token_preference_loss(leaf, boundaries, ref_tokens.float(), beta=beta, backend=backend)
+            grads.append((*torch.autograd.grad(output.loss, leaf), output.losses.detach()))
+        torch.testing.assert_close(*grads, rtol=2e-5, atol=1e-6)
+        torch.testing.assert_close(ours.m0, truth.m0, rtol=1e-5, atol=1e-6)
+        assert (grads[0][1] == 0.0).sum() == 16
+    assert len(in_grid) == 3
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -28,6 +28,7 @@ from fastdpo.training.attention import (
 )
 from fastdpo.training.batch import TokenBatch
 from fastdpo.training.layout import PLAIN, Layout, PairIds, cut
+from fastdpo.training.memory_plan import enable_checkpointing
 from fastdpo.training.scoring import CompletionScorer
 
 CPU = torch.device("cpu")
@@ -140,7 +141,7 @@ def test_recomputed_layers_get_the_segments_too(name: str) -> None:
     scorer = CompletionScorer()
     scorer.heads.read(model)
     truth = Truth(model, batch())
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    enable_checkpointing(model, {"use_reentrant": False})
     calls = []
     layer = next(m for n, m in model.named_modules() if n.endswith((".layers.0", ".h.0")))
     recomputed = next(m for m in layer.modules() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D")

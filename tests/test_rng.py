@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -24,6 +25,37 @@ for seed in {seeds}:
         draws[seed, step] = rng.uniform(seed, step, 300), rng.gumbel(seed, torch.tensor(step), 300)
 torch.save(draws, sys.argv[1])
 """
+
+#: A GPU machine as far as `rng` can tell: fake tensors for its memory, and launches that are only recorded.
+COMPILED_DRAWS = """
+import json, torch, triton
+from torch._subclasses.fake_tensor import FakeTensorMode
+from fastdpo_kernels import rng
+
+refused = []
+for arguments in ((0, 3, 8), (0, 3, 8, "cpu"), (0, torch.tensor(3), 8)):
+    try:
+        rng.uniform(*arguments)
+    except ValueError as error:
+        refused.append(str(error))
+launches = []
+triton.JITFunction.run = lambda self, *args, **options: launches.append([str(x.device) for x in args[:2]])
+torch.cuda.is_available, torch.cuda.current_device = lambda: True, lambda: 1
+with FakeTensorMode():
+    rng.uniform(0, 3, 8)
+    rng.gumbel(0, 3, 8, "cuda:0")
+    rng.gumbel(0, torch.full((), 3, dtype=torch.int64, device="cuda:1"), 8)
+print(json.dumps([refused, launches]))
+"""
+
+
+def kernel_process(script: str, *arguments: str, interpret: bool) -> str:
+    """What a process of its own prints: whether Triton interprets is decided at import."""
+    root = Path(__file__).parents[1]
+    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "TRITON_INTERPRET": "01"[interpret], "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", script, *arguments]
+    return subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True).stdout
 
 
 def test_published_vector() -> None:
@@ -57,14 +89,8 @@ def test_moments() -> None:
 
 
 def test_triton_draws_the_same(tmp_path: Path) -> None:
-    """Uniforms bit for bit, Gumbel draws to 2 ulp of max(1, |g|); a process of its own, as Triton's interpreter is
-    chosen at import."""
-    pytest.importorskip("triton")
-    script = KERNEL_DRAWS.format(seeds=SEEDS, steps=STEPS)
-    root = Path(__file__).parents[1]
-    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run([sys.executable, "-c", script, str(tmp_path / "draws.pt")], check=True, env=environment)
+    """Uniforms bit for bit, Gumbel draws to 2 ulp of max(1, |g|)."""
+    kernel_process(KERNEL_DRAWS.format(seeds=SEEDS, steps=STEPS), str(tmp_path / "draws.pt"), interpret=True)
     draws = torch.load(tmp_path / "draws.pt")
     assert len(draws) == len(SEEDS) * len(STEPS)
     for (seed, step), (uniforms, gumbels) in draws.items():
@@ -72,3 +98,19 @@ def test_triton_draws_the_same(tmp_path: Path) -> None:
         expected = gumbel(seed, step, 300)
         ulp = torch.finfo(torch.float32).eps * expected.abs().clamp(min=1.0)
         assert ((gumbels - expected).abs() <= 2 * ulp).all()
+
+
+def test_an_integer_step_draws_on_the_gpu() -> None:
+    """Compiled kernels take the current GPU by default, and name `device` rather than launch on a CPU's memory."""
+    refused, launches = json.loads(kernel_process(COMPILED_DRAWS, interpret=False))
+    assert len(refused) == 3
+    assert all("device" in message and "TRITON_INTERPRET=1" in message for message in refused)
+    assert launches == [["cuda:1"] * 2, ["cuda:0"] * 2, ["cuda:1"] * 2]  # of (out, step)
+
+
+def test_interpreted_kernels_draw_on_the_cpu() -> None:
+    from fastdpo_kernels import rng
+
+    assert rng.uniform(0, 3, 8).device.type == "cpu"
+    with pytest.raises(ValueError, match=r"device='cuda', but step is on cpu"):
+        rng.uniform(0, torch.tensor(3), 8, "cuda")

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedCon
 from fastdpo.training.config import ModelConfig
 from fastdpo.training.head import Head, find_head
 from fastdpo.training.layout_choice import obstacle, segment_obstacle
+from fastdpo.training.memory_plan import enable_checkpointing
 from fastdpo.training.model import disable_dropout, lora_config, quantization_config
 
 #: Weights per quantisation constant, and constants per constant of the second quantisation; bitsandbytes' defaults.
@@ -71,7 +72,7 @@ class Skeleton:
 
     def checkpoint_layers(self) -> None:
         """Recompute every layer in the backward, as training does it."""
-        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(self.model, {"use_reentrant": False})
 
 
 def with_layers(config: PretrainedConfig, count: int) -> PretrainedConfig:

@@ -44,6 +44,17 @@ class OutOfMemory(RuntimeError):
     """Memory does not hold one pair, and the memory plan has nothing left to try."""
 
 
+def checkpointing_name(model: PreTrainedModel) -> str:
+    """What the installed transformers calls checkpointing: "activation" from 5.21 on, "gradient" before."""
+    return "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+
+
+def enable_checkpointing(model: PreTrainedModel, kwargs: dict[str, Any], **own: Any) -> None:
+    """Recompute layers in the backward: `kwargs` for torch's checkpoint, `own` for the model's method."""
+    name = checkpointing_name(model)
+    getattr(model, f"{name}_checkpointing_enable")(**{f"{name}_checkpointing_kwargs": kwargs}, **own)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that memory, of a device or of the host, ran out."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)
@@ -65,13 +76,11 @@ class MemoryPlan:
 
     def checkpoint_layers(self) -> None:
         """Switch checkpointing on, with the run's arguments for it."""
-        # transformers 5.21 gave it another name
-        name = "activation" if hasattr(self.model, "activation_checkpointing_enable") else "gradient"
+        name = checkpointing_name(self.model)
         kwargs: dict[str, Any] = {"use_reentrant": False} | (getattr(self.args, f"{name}_checkpointing_kwargs") or {})
         own = {"every_n_layers": kwargs.pop("every_n_layers", 1), "offload": kwargs.pop("offload", False)}
         own["offload"] |= self.args.activation_offloading
-        enable = getattr(self.model, f"{name}_checkpointing_enable")
-        enable(**{f"{name}_checkpointing_kwargs": kwargs}, **own)
+        enable_checkpointing(self.model, kwargs, **own)
         if isinstance(self.model, PeftModel) and kwargs["use_reentrant"]:
             self.model.enable_input_require_grads()
         self.checkpointing = True

@@ -3,7 +3,9 @@
 One program holds all B ≤ 4096 pairs of a batch, one lane per pair; sums over the batch stay in it, so nothing waits
 for the host and no shape depends on data. Rules: `dynamic_beta` and `preference_loss` of fastdpo's oracle (2407.08639).
 Log-probs come per sequence, (B,), or per token, (N,), with row boundaries (2B + 1,) in int64: B chosen rows, then B
-rejected ones. Over several ranks, lanes are the global batch's pairs, and this rank's begin at `first_pair`.
+rejected ones. Above `ROWS_IN_GRID_ABOVE` pairs, sums over tokens and gradients of tokens are launches of their own over
+a grid of rows, and the program sees sequences. Over several ranks, lanes are the global batch's pairs, and this rank's
+begin at `first_pair`.
 Bytes: at most 4·(5 + 12)·B per sequence, or 4·3·N more per token. It is latency, not bandwidth, that counts here.
 """
 
@@ -29,9 +31,14 @@ from fastdpo_kernels.sequence_logps import (
     policy_logps,
     reference_logps,
     row_lengths,
+    row_sums,
+    row_values,
     token_tile,
 )
 
+#: With more lanes one program has registers for fewer than four tokens of a row at a time: rows of hundreds of tokens
+#: would be about as many dependent steps, six times over (both sides of policy, reference and gradient).
+ROWS_IN_GRID_ABOVE = 256
 #: An α this close to 1 is the reverse KL.
 _ALPHA_LIMIT = 1e-6
 
@@ -176,7 +183,7 @@ def _preference_loss_fwd_kernel(
             tau,
             gamma,
             likelihood,
-            LOSSES[i],
+            tl.constexpr(LOSSES[i]),  # triton 3.6 takes a plain string for a value
             SMOOTHED,
         )
         weight = loss_weights[i]
@@ -250,6 +257,12 @@ def _launch(
         )
     device, pairs = chosen.device, num_pairs(chosen, boundaries)
     n = pairs if all_margins is None else all_margins.numel()
+    if boundaries is not None and n > ROWS_IN_GRID_ABOVE:
+        (loss, losses, values, grads, _, count), plan = _launch(
+            _summed(pair_tensors, pairs), given, planned, plan_options, loss_options
+        )
+        token_grads = row_values(grads[:2].view(-1), boundaries, chosen.numel())
+        return (loss, losses, values, grads, token_grads, count), plan
     block, warps = block_size(n)
     tokens, warps = token_tile(boundaries, block, warps)
 
@@ -303,6 +316,22 @@ def _launch(
         num_warps=warps,
     )
     return outputs, plan
+
+
+def _summed(pair_tensors: Sequence[Tensor | None], pairs: int) -> tuple[Tensor | None, ...]:
+    """Log-probs per token → the same inputs per sequence, with the rows' lengths where none are given."""
+    chosen, _, ref_chosen, ref_rejected, boundaries, chosen_lengths, rejected_lengths, *weights = pair_tensors
+    assert chosen is not None
+    assert boundaries is not None
+    lengths = boundaries.diff()
+    chosen, rejected = row_sums(chosen, boundaries).split(pairs)
+    if ref_chosen is not None and ref_rejected is None:
+        ref_chosen, ref_rejected = row_sums(ref_chosen, boundaries).split(pairs)
+    if chosen_lengths is None:
+        chosen_lengths = lengths[:pairs]
+    if rejected_lengths is None:
+        rejected_lengths = lengths[pairs:]
+    return chosen, rejected, ref_chosen, ref_rejected, None, chosen_lengths, rejected_lengths, *weights
 
 
 def preference_loss(

@@ -52,7 +52,7 @@ def _selective_logprob_fwd_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits_row = _row_pointer(logits_ptr, row, inner, stride_b, stride_t)
     # 1/T to 48 bits: scalars arrive in float32, which is too coarse for float64 logits
-    scale = tl.to_tensor(scale_high).to(dtype) + tl.to_tensor(scale_low).to(dtype)
+    scale = tl.cast(scale_high, dtype) + tl.cast(scale_low, dtype)
     target = tl.load(targets_ptr + row)
     if HAS_IGNORED:
         ignored = target == ignore_index
@@ -113,7 +113,7 @@ def _selective_logprob_bwd_kernel(
     offset = column.to(tl.int64)
     logits_row = _row_pointer(logits_ptr, row, inner, stride_b, stride_t)
     out_row = _row_pointer(out_ptr, row, inner, stride_out_b, stride_out_t)
-    scale = tl.to_tensor(scale_high).to(dtype) + tl.to_tensor(scale_low).to(dtype)
+    scale = tl.cast(scale_high, dtype) + tl.cast(scale_low, dtype)
     target = tl.load(targets_ptr + row)
     valid = (target >= 0) & (target < vocab)
     grad = tl.where(valid, tl.load(grad_ptr + row) * scale, float("nan"))

@@ -2,10 +2,13 @@
 
 Log-probs come per sequence, (B,), or per token, (N,), with row boundaries (2B + 1,) in int64: B chosen rows, then B
 rejected ones. A margin is u_w − u_l, of log-ratios or log-probs, per token where the loss is.
-Bytes: 4·N per token tensor that is summed, 4 per sequence; `row_sums` and `preference_margins` write 4 per row.
+Bytes: 4·N per token tensor that is summed, 4 per sequence; `row_sums` and `preference_margins` write 4 per row,
+`row_values` 8 per token.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -177,6 +180,22 @@ def _row_sums_kernel(
     tl.store(out_ptr + rows, _sequence_logps(logps_ptr, boundaries_ptr, rows, mask, num_tokens, TOKENS), mask=mask)
 
 
+@triton.jit(do_not_specialize=["n", "num_tokens"])
+def _expand_rows_kernel(
+    values_ptr: tl.tensor,
+    boundaries_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    n: tl.tensor,
+    num_tokens: tl.tensor,
+    BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
+) -> None:
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = rows < n
+    values = tl.load(values_ptr + rows, mask=mask, other=0.0)
+    expand_rows(out_ptr, values, boundaries_ptr, rows, mask, num_tokens, TOKENS)
+
+
 @triton.jit(do_not_specialize=["pairs", "num_tokens"])
 def _margins_kernel(
     chosen_ptr: tl.tensor,
@@ -228,21 +247,25 @@ def num_pairs(logps: Tensor, boundaries: Tensor | None) -> int:
 
 def row_sums(token_logps: Tensor, boundaries: Tensor) -> Tensor:
     """Σ over each row: (N,) and (R + 1,) int64 → (R,) fp32."""
-    rows = boundaries.numel() - 1
-    out = torch.empty(rows, dtype=torch.float32, device=token_logps.device)
-    block = 32
-    tokens, warps = token_tile(boundaries, block, 1)
-    _row_sums_kernel[(triton.cdiv(rows, block),)](
-        token_logps.contiguous(),
-        boundaries.contiguous(),
-        out,
-        rows,
-        token_logps.numel(),
-        BLOCK=block,
-        TOKENS=tokens,
-        num_warps=warps,
-    )
+    out = torch.empty(boundaries.numel() - 1, dtype=torch.float32, device=token_logps.device)
+    _over_rows(_row_sums_kernel, token_logps.contiguous(), boundaries, out, token_logps.numel())
     return out
+
+
+def row_values(values: Tensor, boundaries: Tensor, num_tokens: int) -> Tensor:
+    """The inverse: (R,) contiguous fp32 → (N,), each token its row's value; 0 outside the rows."""
+    out = torch.zeros(num_tokens, dtype=torch.float32, device=values.device)
+    _over_rows(_expand_rows_kernel, values, boundaries, out, num_tokens)
+    return out
+
+
+def _over_rows(kernel: Any, source: Tensor, boundaries: Tensor, out: Tensor, num_tokens: int) -> None:
+    """One program per block of rows."""
+    rows, block = boundaries.numel() - 1, 32
+    tokens, warps = token_tile(boundaries, block, 1)
+    kernel[(triton.cdiv(rows, block),)](
+        source, boundaries.contiguous(), out, rows, num_tokens, BLOCK=block, TOKENS=tokens, num_warps=warps
+    )
 
 
 def preference_margins(
