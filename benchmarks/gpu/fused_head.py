@@ -1,0 +1,68 @@
+"""What the head stage asks of the fused kernels: the one place that knows how they are called.
+
+`PLANS` are the environments and keywords under which the public `linear_logprob` is timed; `tile_calls` runs the GEMM
+with the fold in its epilogue alone, one call per candidate tile.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import fastdpo
+from benchmarks.cases import HeadInputs
+from benchmarks.gpu.sizes import Sizes
+from benchmarks.gpu.report import Skipped
+
+KERNELS = "fastdpo_kernels.head_gemm"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """environment: set meanwhile. options: of linear_logprob."""
+
+    environment: dict[str, str] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def environment(values: dict[str, str]) -> Iterator[None]:
+    """`values` in os.environ, and what was there before afterwards."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def plans(sizes: Sizes) -> dict[str, Plan]:
+    """The fused head by its buffer, where it takes one, and the separate fold by its tiles."""
+    made = {"default": Plan()}
+    if "workspace" in inspect.signature(fastdpo.linear_logprob).parameters:
+        for size in sizes.workspaces:
+            made[f"workspace {size / 2**20:g} MiB"] = Plan(options={"workspace": size})
+    for tile in sizes.fold_tiles:
+        values = {"FASTDPO_HEAD": "separate"} | ({"FASTDPO_TILE": tile} if tile else {})
+        made[f"separate fold, {tile or 'its own tiles'}"] = Plan(values)
+    return made
+
+
+def tile_calls(x: HeadInputs, columns: int, *, store: bool) -> dict[str, Callable[[], object]]:
+    """Candidate tile → one launch over the first `columns` of the vocabulary; store: with the exponentials for the
+    gradient. Raises Skipped where the kernels are not there."""
+    module = importlib.import_module(KERNELS) if importlib.util.find_spec(KERNELS) else None
+    candidates = getattr(module, "candidate_calls", None)
+    if candidates is None:
+        raise Skipped(f"{KERNELS}.candidate_calls is not part of this version")
+    calls: dict[str, Callable[[], object]] = candidates(x.hidden.detach(), x.weight[:columns], x.targets, store=store)
+    return calls
