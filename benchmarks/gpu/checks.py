@@ -173,7 +173,8 @@ def run_loss(function: Callable[..., Any], data: dict[str, Tensor], dtype: torch
     cast = {name: x.to(dtype) if x.is_floating_point() else x for name, x in data.items()}
     sides = [cast[name].clone().requires_grad_() for name in ("chosen_logps", "rejected_logps")]
     output = function(*sides, *list(cast.values())[2:4], **dict(list(cast.items())[4:]), **options)
-    return output, torch.stack(torch.autograd.grad(output.loss, sides))
+    grads = torch.autograd.grad(output.loss, sides, allow_unused=True)  # the likelihood loss has one side only
+    return output, torch.stack([torch.zeros_like(x) if g is None else g for x, g in zip(sides, grads, strict=True)])
 
 
 def check_loss(loss_type: str, pairs: int, device: str, backend: str, seed: int) -> list[Error]:

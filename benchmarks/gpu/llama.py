@@ -65,12 +65,11 @@ def build(config: PretrainedConfig, chosen: ModelConfig, device: str, seed: int 
             quantize(model, quantization)
             model.config.quantization_config = quantization
     generator = torch.Generator(device).manual_seed(seed)
-    std = getattr(config, "initializer_range", 0.02)
     for module, name, parameter in list(parameters_once(model)):
         shape = (module.out_features, module.in_features) if is_4bit(module) and name == "weight" else parameter.shape
         value = torch.ones(shape, dtype=dtype, device=device)
         if len(shape) > 1:
-            value.normal_(std=std, generator=generator)
+            value.normal_(std=shape[-1] ** -0.5, generator=generator)  # or attention would be flat, and hide mistakes
         module._parameters[name] = made(parameter, value)
     model.tie_weights()
     for module in model.modules():

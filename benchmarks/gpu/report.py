@@ -1,6 +1,6 @@
 """What a stage found, line by line in a file, so that what was measured before a crash or the end of its time is kept.
 
-{"begin": case}; {"case", "figures", "headline"}; {"failed": case, "reason"}; {"skipped": case, "reason"}; and {"error"}
+{"begin": case, "at": seconds}; {"case", "figures", "headline"}; {"failed": case, "reason"}; {"skipped": case, "reason"}; and {"error"}
 where the stage itself ended with an exception.
 """
 
@@ -32,7 +32,8 @@ class Report:
     """What a stage says. Printed too, for the log."""
 
     def __init__(self, lines: Path, seconds: float) -> None:
-        self.lines, self.deadline = lines, time.monotonic() + seconds
+        self.lines, self.start = lines, time.monotonic()
+        self.deadline = self.start + seconds
 
     def left(self) -> float:
         """Seconds until the stage's time is over."""
@@ -55,7 +56,7 @@ class Report:
     @contextmanager
     def case(self, name: str) -> Iterator[None]:
         """An exception in here fails this case alone; Skipped says that there is nothing to measure."""
-        self.write(begin=name)
+        self.write(begin=name, at=round(time.monotonic() - self.start, 1))
         try:
             yield
         except Skipped as reason:

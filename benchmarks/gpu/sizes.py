@@ -163,10 +163,10 @@ TOY = Sizes(
     poison=MIB,
     copy=MIB,
     square=32,
-    checks=head_checks(9, 20, 203),
+    checks=head_checks(5, 12, 101),
     losses=CHECKED_LOSSES,
     draws=300,
-    heads=(HeadCase(16, 16, 301), HeadCase(8, 8, 97)),
+    heads=(HeadCase(16, 16, 301),),
     tiles=((4, 32), (0, 0)),
     chunk=128,
     workspaces=(4096, 16384),
@@ -184,7 +184,7 @@ TOY = Sizes(
         cards=("12GB",),
         longest=64,
     ),
-    pytest=("-m", "not gpu"),
+    pytest=("-m", "not gpu", "-k", "draws"),
     environment={},
 )
 

@@ -41,7 +41,7 @@ from fastdpo.training.model import lora_config
 #: Largest mean difference of a token's log-prob between two ways through the model: 16 bits round in every layer.
 LOGPS_ALLOWED = {torch.bfloat16: 5e-2, torch.float32: 1e-4}
 #: Seconds that a part needs, or it is left out.
-NEEDED = {"logps": 10.0, "fastdpo": 15.0, "trl": 20.0, "longest": 20.0, "estimate": 5.0}
+NEEDED = {"logps": 10.0, "fastdpo": 15.0, "trl": 20.0, "longest": 20.0}
 ESTIMATE = "import sys; from fastdpo.cli import main; sys.exit(main())"
 
 
@@ -113,12 +113,12 @@ def run(report: Report, sizes: Sizes) -> None:
             with report.case("TRL's DPOTrainer"):
                 train(report, bench, "TRL's DPOTrainer", "trl")
             release_memory()
-        if predicted is not None:
-            with report.case("estimate"):
-                report_estimate(report, predicted, report.left() - NEEDED["estimate"])
         if not report.skips("longest pair", NEEDED["longest"] if sizes.on_gpu else 0.0):
             with report.case("longest pair"):
                 longest_pairs(report, bench)
+        if predicted is not None:
+            with report.case("estimate"):
+                report_estimate(report, predicted, report.left())
 
 
 # Log-probs
