@@ -1,14 +1,17 @@
 # make demo   align a small model on this machine       make test   run the tests
 # make lint   format, rules, types                       make dist   build wheel and sdist
 # make bench  ratios of time and memory against the peers (about 7 minutes)
+# make gpu-kit    gather what a card's machine without a network lacks (PYTHON_VERSION=3.12); then there: bash gpu/prove.sh
+# make test-gpu, make bench-gpu  the tests and the stages of benchmarks.gpu, on this machine's card; status 3 without one
 # ARGS="..." is passed on: make demo ARGS="--pairs all --minutes 60", make test ARGS="-k resume"
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PYTHON_VERSION ?= 3.12
 ARGS ?=
 
-.PHONY: demo test bench lint format dist clean
+.PHONY: demo test bench gpu-kit test-gpu bench-gpu lint format dist clean
 
 demo: $(VENV)/.run
 	$(BIN)/fastdpo demo --overwrite_output_dir $(ARGS)
@@ -18,6 +21,16 @@ test: $(VENV)/.dev
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks $(ARGS)
+
+gpu-kit:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python gpu/kit.py --python $(PYTHON_VERSION) $(ARGS)
+
+test-gpu: $(VENV)/.dev
+	FASTDPO_TEST_DEVICE=cuda $(BIN)/python -m pytest -m gpu $(ARGS)
+
+bench-gpu: $(VENV)/.bench-gpu
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -48,4 +61,8 @@ $(VENV)/.dev: $(VENV)/.run requirements/dev.txt
 
 $(VENV)/.bench: $(VENV)/.dev requirements/bench.txt
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements/bench.txt
+	touch $@
+
+$(VENV)/.bench-gpu: $(VENV)/.bench requirements/gpu-kit.txt
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements/gpu-kit.txt
 	touch $@

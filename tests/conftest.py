@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 DEVICE = os.environ.get("FASTDPO_TEST_DEVICE", "cpu")
+#: Exit status where a card was asked for and there is none, as that of `python -m benchmarks.gpu`.
+NO_CARD = 3
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -34,9 +36,10 @@ def pytest_configure(config: pytest.Config) -> None:
         import torch
 
         if not torch.cuda.is_available():
-            raise pytest.UsageError(
+            pytest.exit(
                 f"FASTDPO_TEST_DEVICE=cuda, but torch {torch.__version__} sees no card. `python -m benchmarks.gpu` says "
-                "why; unset the variable for the tests on the CPU."
+                "why; unset the variable for the tests on the CPU.",
+                returncode=NO_CARD,
             )
         if os.environ.get("TRITON_INTERPRET", "") not in ("", "0"):
             raise pytest.UsageError("FASTDPO_TEST_DEVICE=cuda with TRITON_INTERPRET would test the CPU; unset that one.")
