@@ -177,9 +177,7 @@ def pair_inputs(
     return PairInputs(hidden.requires_grad_(), reference, weight.to(device), targets.to(device), case.beta)
 
 
-def loss_inputs(
-    case: LossCase, seed: int = 0, device: torch.device | str = "cpu"
-) -> tuple[Tensor, Tensor, Tensor]:
+def loss_inputs(case: LossCase, seed: int = 0, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     """Token log-probs (N,) that need a gradient, those of the reference (N,), boundaries (2·pairs + 1,)."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(20, 121, (2 * case.pairs,), generator=generator)

@@ -42,7 +42,9 @@ def install(kit: Path, target: Path) -> str:
     wheels = [kit / each["file"] for each in manifest["wheels"]]
     for path, each in zip(wheels, manifest["wheels"], strict=True):
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != each["sha256"]:
-            raise InstallError(f"{path} is missing or is not what {MANIFEST} lists. Carry the whole folder {kit} again.")
+            raise InstallError(
+                f"{path} is missing or is not what {MANIFEST} lists. Carry the whole folder {kit} again."
+            )
     names = f"{len(wheels)} packages for Python {here}"
     if (target / MANIFEST).is_file() and (target / MANIFEST).read_bytes() == (kit / MANIFEST).read_bytes():
         return f"the kit's {names} are in {target} already."

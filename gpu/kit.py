@@ -35,7 +35,7 @@ MIB = 2**20
 MAX_BYTES = 40 * MIB
 LARGEST = 3
 #: pip takes a platform tag to the letter, so every one that the wheels use is listed.
-PLATFORMS = tuple(f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 24, 17)) + ("manylinux2014_x86_64",)
+PLATFORMS = (*(f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 24, 17)), "manylinux2014_x86_64")
 #: Package → its native libraries that are kept; the others are for other CUDA versions, ROCm and XPU.
 KEPT_LIBRARIES = {"bitsandbytes": ("libbitsandbytes_cuda130.so", "libbitsandbytes_cpu.so")}
 #: TRL 1.16 asks for 3.11.

@@ -37,12 +37,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
         if not torch.cuda.is_available():
             pytest.exit(
-                f"FASTDPO_TEST_DEVICE=cuda, but torch {torch.__version__} sees no card. `python -m benchmarks.gpu` says "
-                "why; unset the variable for the tests on the CPU.",
+                f"FASTDPO_TEST_DEVICE=cuda, but torch {torch.__version__} sees no card; `python -m benchmarks.gpu` "
+                "says why. Unset the variable for the tests on the CPU.",
                 returncode=NO_CARD,
             )
         if os.environ.get("TRITON_INTERPRET", "") not in ("", "0"):
-            raise pytest.UsageError("FASTDPO_TEST_DEVICE=cuda with TRITON_INTERPRET would test the CPU; unset that one.")
+            raise pytest.UsageError(
+                "FASTDPO_TEST_DEVICE=cuda with TRITON_INTERPRET would test the CPU; unset that one."
+            )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -119,7 +119,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         keep_earlier(options.out)
     except OSError as error:
-        print(f"{options.out} cannot be used ({error}). Set OUT, or --out, to a folder that can be written.", flush=True)
+        print(
+            f"{options.out} cannot be used ({error}). Set OUT, or --out, to a folder that can be written.", flush=True
+        )
         return FAILED
     if sentence := check_space(options.out):
         print(sentence, flush=True)

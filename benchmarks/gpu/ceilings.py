@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -14,8 +16,8 @@ import torch
 from packaging.requirements import Requirement
 
 from benchmarks.gpu.clock import Clock
-from benchmarks.gpu.sizes import Sizes
 from benchmarks.gpu.report import Report
+from benchmarks.gpu.sizes import Sizes
 
 #: Where the kit is installed, and its manifest there: written by gpu/install.py.
 MANIFEST = "kit.json"
@@ -32,12 +34,9 @@ def run(report: Report, sizes: Sizes) -> None:
         report.add("what the kit's packages ask for", unmet=unmet, **({"headline": "; ".join(unmet)} if unmet else {}))
     clock = Clock(sizes.device, sizes.seconds)
     with report.case("copy"):
-        source = torch.randint(0, 256, (sizes.copy,), dtype=torch.uint8, device=sizes.device)
-        target = torch.empty_like(source)
-        times = clock.time(lambda: target.copy_(source))
+        times = clock.time(copy(sizes.copy, sizes.device))
         rate = 2 * sizes.copy / times.ms / 1e6  # bytes read and written
         report.add("copy", headline=f"copy {rate:,.0f} GB/s", gigabytes_per_second=rate, **times.figures())
-        del source, target
     with report.case("product"):
         n = sizes.square
         a, b = (torch.randn(n, n, device=sizes.device, dtype=sizes.dtype) for _ in range(2))
@@ -48,13 +47,19 @@ def run(report: Report, sizes: Sizes) -> None:
         report.add("product", headline=f"product of {name}: {rate:,.3g} TFLOP/s", teraflops=rate, **times.figures())
 
 
+def copy(size: int, device: str) -> Callable[[], torch.Tensor]:
+    """A copy of `size` bytes of random numbers."""
+    source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
+    return partial(torch.empty_like(source).copy_, source)
+
+
 def nvcc() -> str:
     """nvcc's release, or a sentence: nothing that is measured here needs it."""
     found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if found is None:
         return (
-            "nvcc is not on the PATH nor in /usr/local/cuda/bin: Triton's kernels bring their own assembler and run, the "
-            "CUDA extension cannot be built. Install CUDA's compiler or set PATH."
+            "nvcc is not on the PATH nor in /usr/local/cuda/bin: Triton brings its own assembler, so the kernels run, "
+            "and nothing can be built with nvcc. Install CUDA's compiler or set PATH."
         )
     text = subprocess.run([found, "--version"], capture_output=True, text=True, check=True).stdout
     release = re.search(r"release ([\d.]+)", text)

@@ -1,4 +1,4 @@
-"""Comparisons with float64 on fresh random inputs, for any device: what the correctness stage and tests/test_gpu.py run.
+"""Comparisons with float64 on random inputs, for any device: what the correctness stage and tests/test_gpu.py run.
 
 Each gives `Error`s: a name, the error seen, and what is allowed. Allowed are, relative to the largest true log-prob:
 1e-5 in float32, 3e-5 for 16-bit inputs, whose products are exact but summed by tensor cores with a few bits less than
@@ -87,7 +87,7 @@ class HeadProblem(NamedTuple):
 
 
 def head_problem(check: HeadCheck, device: str, seed: int) -> HeadProblem:
-    """Logits of standard deviation 3; half the targets are their row's likeliest, the first two the ends of the range."""
+    """Logits of standard deviation 3; half the targets are their row's likeliest, the first two are 0 and V − 1."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(check.rows, check.hidden, generator=generator).to(check.dtype).to(device)
     weight = torch.randn(check.vocab, check.hidden, generator=generator) * (3.0 / check.hidden**0.5)
@@ -193,7 +193,9 @@ def check_loss(loss_type: str, pairs: int, device: str, backend: str, seed: int)
 def check_dynamic_beta(pairs: int, device: str, backend: str, seed: int, **options: Any) -> list[Error]:
     """Three steps of `preference_loss` with a `DynamicBeta` against the oracle: pairs kept, β, statistics, loss."""
     module = DynamicBeta(seed=seed, backend=backend, **options).to(device)
-    state = reference.BetaState(*(torch.zeros((), dtype=x, device=device) for x in (torch.float64,) * 2 + (torch.int64,)))
+    state = reference.BetaState(
+        *(torch.zeros((), dtype=x, device=device) for x in (torch.float64,) * 2 + (torch.int64,))
+    )
     errors = []
     for step in range(3):
         data = pair_tensors(pairs, device, seed + step)
@@ -226,7 +228,9 @@ def check_draws(count: int, device: str, seed: int) -> list[Error]:
     ulps = (kernels.gumbel(seed, step, count).cpu() - noise).abs() / (torch.finfo().eps * noise.abs().clamp(min=1.0))
     return [
         Error("uniforms that differ, kernel", float((kernels.uniform(seed, step, count).cpu() != expected).sum()), 0.0),
-        Error("uniforms that differ, torch", float((rng.philox_uniform(seed, step, count).cpu() != expected).sum()), 0.0),
+        Error(
+            "uniforms that differ, torch", float((rng.philox_uniform(seed, step, count).cpu() != expected).sum()), 0.0
+        ),
         Error("Gumbel draws, ulp", float(ulps.max()), GUMBEL_ULPS),
     ]
 
@@ -235,7 +239,7 @@ def check_draws(count: int, device: str, seed: int) -> list[Error]:
 
 
 def check_attention(device: str, dtype: torch.dtype, seed: int, heads: int = 8, width: int = 64) -> list[Error]:
-    """Segments with shared prefixes, packed in two rows, against SDPA in float64 under the dense mask; both directions."""
+    """Segments with shared prefixes, packed in two rows, against SDPA in float64 under the dense mask; gradients too."""
     from fastdpo.training.attention import Segment, Segments, dense_mask, segment_attention
 
     # prompt 40 | chosen 30 | rejected 25, a second pair behind it; the second row has one pair and padding

@@ -1,4 +1,4 @@
-"""Times of calls that work on a card, taken in turns: the device's between two events, the host's until its call returns.
+"""Times of calls that work on a card, taken in turns: the device's between two events, the host's until a call returns.
 
 Before each run the L2 is overwritten and the queue is empty; overwriting gives the host a start of some microseconds.
 Where the host is slower than the device, both times are the host's. On a CPU both are the call's.
@@ -101,7 +101,7 @@ class Clock:
         return max(runs[-1])
 
     def peak(self, call: Call) -> int:
-        """Bytes of the device's memory that a run takes above what is held before it, its result included; 0 on a CPU."""
+        """Bytes of the device's memory that a run takes above what is held before it, with its result; 0 on a CPU."""
         if not self.on_gpu:
             call()
             return 0

@@ -9,8 +9,8 @@ import torch
 
 from benchmarks.gpu import checks
 from benchmarks.gpu.checks import Error
-from benchmarks.gpu.sizes import Sizes
 from benchmarks.gpu.report import Report
+from benchmarks.gpu.sizes import Sizes
 
 #: A case compiles for some seconds.
 NEEDED = 4.0
@@ -45,7 +45,9 @@ def run(report: Report, sizes: Sizes) -> None:
             continue
         with report.case(name):
             errors = case()
-            report.add(name, **{error.name: error.seen for error in errors}, allowed={e.name: e.allowed for e in errors})
+            report.add(
+                name, **{error.name: error.seen for error in errors}, allowed={e.name: e.allowed for e in errors}
+            )
             measured += 1
             if bad := [error for error in errors if not error.ok]:
                 wrong += 1

@@ -16,8 +16,8 @@ from typing import Any
 
 import fastdpo
 from benchmarks.cases import HeadInputs
-from benchmarks.gpu.sizes import Sizes
 from benchmarks.gpu.report import Skipped
+from benchmarks.gpu.sizes import Sizes
 
 KERNELS = "fastdpo_kernels.head_gemm"
 

@@ -16,8 +16,8 @@ from benchmarks.cases import HeadCase, HeadInputs
 from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.fused_head import Plan, environment, plans, tile_calls
 from benchmarks.gpu.products import addmm, mm
-from benchmarks.gpu.sizes import MIB, Sizes
 from benchmarks.gpu.report import Report
+from benchmarks.gpu.sizes import MIB, Sizes
 
 #: Seconds of one plan at one shape, and of the kernel by tile, which compiles each.
 NEEDED, NEEDED_TILES = 4.0, 15.0
@@ -69,9 +69,7 @@ def run(report: Report, sizes: Sizes) -> None:
         with report.case(case.name):
             x = cases.head_inputs(case, sizes.dtype, device=sizes.device)
             floor = clock.time(bare(x, sizes.chunk))
-            report.add(
-                f"{case.name}: bare products", teraflops=case.flops / floor.ms / 1e9, **floor.figures()
-            )
+            report.add(f"{case.name}: bare products", teraflops=case.flops / floor.ms / 1e9, **floor.figures())
             best = _plans(report, sizes, clock, case, x, floor.ms)
             for store in (True, False):
                 _tiles(report, sizes, clock, case, x, store)

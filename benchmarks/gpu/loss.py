@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,8 +12,8 @@ from benchmarks import cases
 from benchmarks.cases import LossCase
 from benchmarks.gpu.checks import LOSS_ALLOWED, largest
 from benchmarks.gpu.clock import Clock
-from benchmarks.gpu.sizes import Sizes
 from benchmarks.gpu.report import Report
+from benchmarks.gpu.sizes import Sizes
 from fastdpo import DynamicBeta, preference_loss
 from fastdpo.functional import token_preference_loss
 
@@ -48,7 +49,9 @@ class Step:
         return loss.detach(), gradient
 
 
-def captured(step: Callable[[], tuple[Tensor, Tensor]], device: str) -> tuple[Callable[[], object], tuple[Tensor, Tensor]]:
+def captured(
+    step: Callable[[], tuple[Tensor, Tensor]], device: str
+) -> tuple[Callable[[], object], tuple[Tensor, Tensor]]:
     """A replay of `step`, and the tensors that it fills. On a CPU, which has no graphs, the call itself."""
     if device != "cuda":
         held = step()
@@ -70,6 +73,11 @@ def captured(step: Callable[[], tuple[Tensor, Tensor]], device: str) -> tuple[Ca
     return graph.replay, held
 
 
+def repeat(call: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        call()
+
+
 def run(report: Report, sizes: Sizes) -> None:
     clock = Clock(sizes.device, sizes.seconds / 4)
     for per_token in (False, True):
@@ -86,7 +94,7 @@ def run(report: Report, sizes: Sizes) -> None:
                 step.reset()
                 replay()
                 error = max(largest(seen, true, 1.0 / pairs) for seen, true in zip(held, expected, strict=True))
-                times = clock.time(lambda: [replay() for _ in range(sizes.replays)])
+                times = clock.time(partial(repeat, replay, sizes.replays))
                 one = 1e3 * times.ms / sizes.replays
                 report.add(f"{name}: graph", headline=f"{name}: replay {one:,.1f} µs", microseconds=one, error=error)
                 if not error <= LOSS_ALLOWED:

@@ -1,4 +1,4 @@
-"""Stage 5: policy forward and backward of the head through fastdpo and its peers, on the same tensors: time, peak, error.
+"""Stage 5: the head's policy forward and backward through fastdpo and its peers, same tensors: time, peak, error.
 
 The error is that of the gradient with respect to the hidden states, in its norm, against float64. Liger has no
 log-probs to call: its own DPO loss over eight sequences is differentiated, and compared with that of float64.
@@ -17,8 +17,8 @@ from benchmarks import cases, contenders
 from benchmarks.cases import HeadInputs
 from benchmarks.gpu.checks import in_norm
 from benchmarks.gpu.clock import Clock
-from benchmarks.gpu.sizes import MIB, Sizes
 from benchmarks.gpu.report import Report, Skipped
+from benchmarks.gpu.sizes import MIB, Sizes
 
 #: Seconds of one peer at one shape, compilation included.
 NEEDED = 6.0

@@ -19,8 +19,8 @@ PACKAGES = (
     "cut-cross-entropy", "huggingface_hub", "pyarrow", "numpy",
 )  # fmt: skip
 NO_TORCH = (
-    "torch cannot be imported by {python} ({error}). Set PYTHON to the interpreter that has a CUDA build of torch 2.11 or "
-    "newer."
+    "torch cannot be imported by {python} ({error}). Set PYTHON to the interpreter that has a CUDA build of torch 2.11 "
+    "or newer."
 )
 NO_CUDA = "torch {version} is a build without CUDA. Install a CUDA build of torch 2.11 or newer."
 NO_CARD = "no card is visible to torch {version}. See what `nvidia-smi -L` lists, and CUDA_VISIBLE_DEVICES."

@@ -1,4 +1,4 @@
-"""Stage 3: the head's two products alone, by tile: h Wᵀ into the operands' dtype and into float32, and A += P W in float32.
+"""Stage 3: the head's products alone, by tile: h Wᵀ into the operands' dtype and into float32, A += P W in float32.
 
 FLOPs of a tile: 2 · rows · columns · H. A plan of tiles costs the sum over the head of what is printed here.
 """
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from benchmarks.cases import HeadCase
 from benchmarks.gpu.clock import Clock
-from benchmarks.gpu.sizes import Sizes
 from benchmarks.gpu.report import Report
+from benchmarks.gpu.sizes import Sizes
 
 #: Seconds of one tile's four products, allocation and warm-up included.
 NEEDED = 2.0

@@ -1,7 +1,7 @@
 """What a stage found, line by line in a file, so that what was measured before a crash or the end of its time is kept.
 
-{"begin": case, "at": seconds}; {"case", "figures", "headline"}; {"failed": case, "reason"}; {"skipped": case, "reason"}; and {"error"}
-where the stage itself ended with an exception.
+{"begin": case, "at": seconds}; {"case", "figures", "headline"}; {"failed": case, "reason"}; {"skipped": case,
+"reason"}; and {"error"} where the stage itself ended with an exception.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ prints goes to log.txt.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -82,7 +83,9 @@ class Runner:
         if self.dry or not stage.kernels or card is None or card["capability"] >= MIN_CAPABILITY:
             return ""
         major, minor = card["capability"]
-        return f"the card ({card['name']}) is sm_{major}{minor} and the kernels need sm_80. Use an Ampere card or newer."
+        return (
+            f"the card ({card['name']}) is sm_{major}{minor} and the kernels need sm_80. Use an Ampere card or newer."
+        )
 
     def _outcome(self, stage: Stage) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
@@ -139,7 +142,9 @@ class Runner:
 
 def write_atomically(path: Path, text: str) -> None:
     """`path` holds either what it held or all of `text`, also after a crash."""
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}", delete=False) as file:
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}", delete=False
+    ) as file:
         try:
             file.write(text)
             file.flush()
@@ -152,15 +157,13 @@ def write_atomically(path: Path, text: str) -> None:
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
     """Kill what is left of the process's group, itself included."""
-    try:
+    with contextlib.suppress(ProcessLookupError):  # all of it has ended
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # all of it has ended
     process.wait()
 
 
 def outcome(stage: Stage, status: int | None, seconds: float, lines: str) -> dict[str, Any]:
-    """What results.json says of a stage: ok, seconds, reason where it is not ok, figures, headlines, what was skipped."""
+    """What results.json says of a stage: ok, seconds, reason where it is not, headlines, figures, failed, skipped."""
     entries = [json.loads(line) for line in lines.splitlines() if line.endswith("}")]  # the last may be torn
     failed = {entry["failed"]: entry["reason"] for entry in entries if "failed" in entry}
     result: dict[str, Any] = {"ok": status == 0 and not failed, "seconds": round(seconds, 1)}

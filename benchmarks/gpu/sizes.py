@@ -182,7 +182,7 @@ TOY = Sizes(
         prompt=(6, 12),
         completion=(3, 8),
         cards=("12GB",),
-        longest=64,
+        longest=128,
     ),
     pytest=("-m", "not gpu", "-k", "draws"),
     environment={},

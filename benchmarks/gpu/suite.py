@@ -19,7 +19,12 @@ def run(report: Report, sizes: Sizes) -> None:
     tests = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_gpu*.py"))]
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *sizes.pytest, *tests]
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | sizes.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=ROOT,
+        env=os.environ | sizes.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     print(done.stdout, flush=True)
     lines = [line for line in done.stdout.splitlines() if line.strip()]

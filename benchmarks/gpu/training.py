@@ -2,8 +2,8 @@
 
 Log-probs by variable-length attention with shared, packed prompts against one padded row per completion; five steps of
 DPO and of β-DPO, the memory trial ahead of them included, beside TRL's DPOTrainer; the peak that `fastdpo estimate`
-predicts for the same run; and the longest pair that a 12 GB and a 24 GB card would hold, this card's memory being cut to
-that by torch's allocator (what the driver takes beside it is not counted).
+predicts for the same run; and the longest pair that a 12 GB and a 24 GB card would hold, torch's allocator being held
+to that (what the driver takes beside it is not counted).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from transformers import PretrainedConfig, Trainer
 from benchmarks.gpu import llama
 from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.report import Report, Skipped
-from benchmarks.gpu.sizes import MIB, Sizes, TrainingShape
+from benchmarks.gpu.sizes import MIB, Sizes
 from benchmarks.training_cases import TrainingCase, preference_ids, set_lora
 from benchmarks.training_run import TRAINERS, StepClock
 from fastdpo.estimate.activations import PairShape
@@ -35,14 +35,23 @@ from fastdpo.training.batch import TokenBatch
 from fastdpo.training.config import ModelConfig
 from fastdpo.training.layout import PLAIN, Layout
 from fastdpo.training.memory_plan import RetryStep, release_memory
-from fastdpo.training.memory_trial import largest_that_fits
 from fastdpo.training.model import lora_config
 
 #: Largest mean difference of a token's log-prob between two ways through the model: 16 bits round in every layer.
 LOGPS_ALLOWED = {torch.bfloat16: 5e-2, torch.float32: 1e-4}
 #: Seconds that a part needs, or it is left out.
 NEEDED = {"logps": 10.0, "fastdpo": 15.0, "trl": 20.0, "longest": 20.0}
+#: Tokens to which the longest pair is found.
+TOKEN_STEP = 64
 ESTIMATE = "import sys; from fastdpo.cli import main; sys.exit(main())"
+
+
+class DeviceClock(StepClock):
+    """Waits for the card before it looks at the time."""
+
+    def mark(self) -> None:
+        synchronize()
+        super().mark()
 
 
 class Bench:
@@ -148,15 +157,15 @@ def compare_layouts(report: Report, bench: Bench, clock: Clock) -> None:
     other, one = plain(), shared()  # the plain way first: it probes the model's head
     difference = (one - other).abs().double()
     mean = float(difference.sum() / (other != 0).sum())
-    times = clock.measure({"segments": shared, "rows": plain})
+    segments, rows_ = clock.measure({"segments": shared, "rows": plain}).values()
     dtype = torch.bfloat16 if bench.sizes.on_gpu else torch.float32
     report.add(
         "log-probs",
-        headline=f"log-probs differ by {mean:.1e} a token; {times['segments'].ms:.3g} ms against {times['rows'].ms:.3g}",
+        headline=f"log-probs differ by {mean:.1e} a token: segments {segments.ms:.3g} ms, rows {rows_.ms:.3g} ms",
         mean_difference=mean,
         largest_difference=float(difference.max()),
-        segments=times["segments"].figures(),
-        rows=times["rows"].figures(),
+        segments=segments.figures(),
+        rows=rows_.figures(),
     )
     if not mean <= LOGPS_ALLOWED[dtype]:
         report.fail("log-probs", f"they differ by {mean:.1e} a token, {LOGPS_ALLOWED[dtype]:.0e} is allowed")
@@ -172,13 +181,12 @@ def trainer_tokens(row: dict[str, Any]) -> int:
 
 def train(report: Report, bench: Bench, name: str, kind: str, **options: Any) -> int:
     """All steps of one trainer; `micro_batch_tokens` that its memory trial found, 0 for TRL's."""
-    clock = StepClock()
+    clock = DeviceClock()
     trainer: Any = bench.trainer(kind, clock, **options)
     reset_peak()
     start = time.perf_counter()
     clock.mark()
     trainer.train()
-    synchronize()
     whole, seconds, (peak, allocated) = time.perf_counter() - start, clock.spent(0), peaks()
     later = sum(seconds[1:]) / max(len(seconds) - 1, 1)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -229,7 +237,12 @@ def start_estimate(bench: Bench, tokens: int) -> subprocess.Popen[str]:
     longest = max(bench.data.to_list(), key=trainer_tokens)
     prompt = len(longest["prompt_ids"])
     completion = max(len(longest["chosen_ids"]), len(longest["rejected_ids"]))
-    arguments = ["estimate", "--json", "--model_name_or_path", str(llama.save_configuration(bench.config, bench.folder))]
+    arguments = [
+        "estimate",
+        "--json",
+        "--model_name_or_path",
+        str(llama.save_configuration(bench.config, bench.folder)),
+    ]
     arguments += ["--device", "h100", "--dtype", bench.chosen.dtype, "--lora_r", "16", "--lora_alpha", "32"]
     arguments += ["--load_in_4bit"] if bench.chosen.load_in_4bit else []
     arguments += ["--max_length", str(prompt + completion), "--max_prompt_length", str(prompt)]
@@ -272,13 +285,14 @@ def longest_pairs(report: Report, bench: Bench) -> None:
             continue
         with report.case(name):
             limit = convert_file_size_to_int(card)
+            release_memory()
             if bench.sizes.on_gpu:
                 total = torch.cuda.get_device_properties(0).total_memory
                 if limit > total:
                     raise Skipped(f"this card has {total / 1e9:.0f} GB")
                 torch.cuda.set_per_process_memory_fraction(limit / total)
             try:
-                tokens = largest_that_fits(fits(trainer, bench.shape), 64, bench.shape.longest)
+                tokens = longest(fits(trainer), bench.shape.longest)
             finally:
                 if bench.sizes.on_gpu:
                     torch.cuda.set_per_process_memory_fraction(1.0)
@@ -293,7 +307,18 @@ def of_tokens(tokens: int) -> PairShape:
     return PairShape(tokens // 3, (tokens - tokens // 3) // 2)
 
 
-def fits(trainer: Any, shape: TrainingShape) -> Callable[[int], bool]:
+def longest(attempt: Callable[[int], bool], cap: int) -> int:
+    """The most tokens up to `cap` for which `attempt` is true, to TOKEN_STEP; 0 where not even that many are."""
+    fit, fail = 0, TOKEN_STEP
+    while fail <= cap and attempt(fail):
+        fit, fail = fail, min(2 * fail, cap) if fail < cap else cap + 1
+    while fit and fail - fit > TOKEN_STEP and fit < cap:
+        middle = (fit + fail) // 2
+        fit, fail = (middle, fail) if attempt(middle) else (fit, middle)
+    return fit
+
+
+def fits(trainer: Any) -> Callable[[int], bool]:
     """Whether a pair of so many tokens goes forward and backward."""
 
     def attempt(tokens: int) -> bool:
