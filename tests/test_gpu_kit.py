@@ -1,4 +1,4 @@
-"""The kit for a card's machine, and the stages that run there: made, installed, run, and everything that can go wrong."""
+"""The kit for a card's machine, and the stages that run there: made, installed, run, and what can go wrong."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ Usage = namedtuple("Usage", "total used free")
 def script(name: str) -> ModuleType:
     """gpu/NAME.py; `gpu` is a folder of scripts and no package."""
     spec = importlib.util.spec_from_file_location(f"gpu_{name}", ROOT / "gpu" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -197,7 +198,7 @@ def test_bad_kits_are_one_sentence_with_the_next_step(
 
 def without_card(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     values = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable, **environment}
-    return subprocess.run(command, cwd=ROOT, env=values, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, env=values, capture_output=True, text=True, timeout=600)
 
 
 def test_without_a_card_the_command_says_so_with_a_status_of_its_own(tmp_path: Path) -> None:
@@ -296,7 +297,7 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Stage]:
     for number, (name, text) in enumerate(STAGE_MODULES.items(), start=1):
         source = textwrap.dedent(text.replace("{folder}", str(tmp_path)))
         (tmp_path / f"stage_{name}.py").write_text(source, "utf-8")
-        made[name] = Stage(number, name, 8 if name == "hangs" else 60, module=f"stage_{name}")
+        made[name] = Stage(number, name, 2 if name == "hangs" else 60, module=f"stage_{name}")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     return made
 
@@ -325,7 +326,7 @@ def test_stages_that_hang_crash_or_fail_say_why_and_the_next_one_runs(
     assert results["hangs"]["figures"] == {"before": {"value": 1.5}}  # what was measured is kept
     assert results["hangs"]["seconds"] >= 8
     assert results["fails"]["headlines"] == ["seen"]
-    assert 50 < results["fits"]["figures"]["all"]["seconds"] <= 55  # five less than its limit
+    assert 200 < results["fits"]["figures"]["all"]["seconds"] <= 235  # five less than its limit
     assert not alive(int((tmp_path / "child").read_text()))
     log = (tmp_path / "log.txt").read_text("utf-8")
     assert [line for line in log.splitlines() if line.startswith("==")] == [

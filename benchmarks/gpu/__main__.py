@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.gpu.runner import LOG, RESULTS, ROOT, STAGES, Runner, Stage, check_space
+from benchmarks.gpu.runner import DRY_AT_ONCE, LOG, RESULTS, ROOT, STAGES, Runner, Stage, check_space
 
 OK, FAILED, NO_CARD = 0, 1, 3
 #: A pipe has no width of its own.
@@ -132,7 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "dry": options.dry,
         "kit": os.environ.get("FASTDPO_KIT"),
     }
-    ok = Runner(options.out, document, dry=options.dry).run(options.stages)
+    at_once = DRY_AT_ONCE if options.dry else 1
+    ok = Runner(options.out, document, dry=options.dry, at_once=at_once).run(options.stages)
     console = Console(highlight=False)
     Console(width=None if console.is_terminal else WIDTH, highlight=False).print(table(document, options.stages))
     print(f"{options.out / RESULTS}, {options.out / LOG}", flush=True)

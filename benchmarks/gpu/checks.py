@@ -239,7 +239,7 @@ def check_draws(count: int, device: str, seed: int) -> list[Error]:
 
 
 def check_attention(device: str, dtype: torch.dtype, seed: int, heads: int = 8, width: int = 64) -> list[Error]:
-    """Segments with shared prefixes, packed in two rows, against SDPA in float64 under the dense mask; gradients too."""
+    """Segments with shared prefixes, packed in two rows, against SDPA in float64 under the dense mask."""
     from fastdpo.training.attention import Segment, Segments, dense_mask, segment_attention
 
     # prompt 40 | chosen 30 | rejected 25, a second pair behind it; the second row has one pair and padding

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS, LOG = "results.json", "log.txt"
 #: Seconds before its limit at which a stage begins no further case.
 MARGIN = 5.0
+#: `--dry` measures nothing, so several stages run at a time, and on a busy machine they may take longer.
+DRY_AT_ONCE, DRY_PATIENCE = 2, 4
 #: What stages write beside the results: compiled kernels above all.
 NEEDED_SPACE = 2**30
 #: Capability from which on the kernels and bfloat16 products exist.
@@ -59,23 +62,38 @@ STAGES = (
 
 
 class Runner:
-    """One call's stages. document: what results.json holds."""
+    """One call's stages. document: what results.json holds. at_once: stages at a time; more than one measures nothing,
+    and interleaves in the log."""
 
-    def __init__(self, out: Path, document: dict[str, Any], *, dry: bool) -> None:
-        self.out, self.document, self.dry = out, document, dry
+    def __init__(self, out: Path, document: dict[str, Any], *, dry: bool, at_once: int = 1) -> None:
+        self.out, self.document, self.dry, self.at_once = out, document, dry, at_once
+        self.processes: list[subprocess.Popen[bytes]] = []
 
     def run(self, stages: Sequence[Stage]) -> bool:
-        """Whether all of `stages` are ok and results.json is written."""
+        """Whether all of `stages` are ok and results.json is written. An interrupt ends the stages at work."""
         written = True
-        for stage in stages:
-            print(f"{stage.number} {stage.name} (at most {stage.seconds:g} s) ...", flush=True)
-            reason = self._unfit(stage)
-            outcome = {"ok": False, "seconds": 0.0, "reason": reason} if reason else self._outcome(stage)
-            self.document[stage.name] = outcome
-            written = self.save()
-            said = "ok" if outcome["ok"] else f"not ok: {outcome['reason']}"
-            print(f"{stage.number} {stage.name}: {said} [{outcome['seconds']:.0f} s]", flush=True)
+        with ThreadPoolExecutor(self.at_once) as pool:
+            try:
+                for stage, outcome in zip(stages, pool.map(self._judged, stages), strict=True):
+                    self.document[stage.name] = outcome
+                    written = self.save()
+                    said = "ok" if outcome["ok"] else f"not ok: {outcome['reason']}"
+                    print(f"{stage.number} {stage.name}: {said} [{outcome['seconds']:.0f} s]", flush=True)
+            except BaseException:  # an interrupt: nothing is left running, and nothing is begun
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in list(self.processes):
+                    end_group(process)
+                raise
         return written and all(self.document[stage.name]["ok"] for stage in stages)
+
+    def limit(self, stage: Stage) -> float:
+        """Seconds that the stage may take."""
+        return stage.seconds * (DRY_PATIENCE if self.dry else 1)
+
+    def _judged(self, stage: Stage) -> dict[str, Any]:
+        print(f"{stage.number} {stage.name} (at most {self.limit(stage):g} s) ...", flush=True)
+        reason = self._unfit(stage)
+        return {"ok": False, "seconds": 0.0, "reason": reason} if reason else self._outcome(stage)
 
     def _unfit(self, stage: Stage) -> str:
         """Why this card cannot run the stage, or ""."""
@@ -93,11 +111,12 @@ class Runner:
             lines.touch()
             start = time.monotonic()
             status = self._execute(stage, lines)
-            return outcome(stage, status, time.monotonic() - start, lines.read_text(encoding="utf-8"))
+            return outcome(self.limit(stage), status, time.monotonic() - start, lines.read_text(encoding="utf-8"))
 
     def _execute(self, stage: Stage, lines: Path) -> int | None:
         """The stage's exit status; None where it was ended at its limit. No process of its group is left behind."""
-        command = [*stage.command, "--lines", str(lines), "--seconds", str(max(stage.seconds - MARGIN, 0.0))]
+        limit = self.limit(stage)
+        command = [*stage.command, "--lines", str(lines), "--seconds", str(max(limit - MARGIN, 0.0))]
         command += ["--dry"] if self.dry else []
         with self._log() as log:
             print(f"\n== stage {stage.number} {stage.name}", file=log, flush=True)
@@ -105,12 +124,14 @@ class Runner:
                 command, cwd=ROOT, env=self.environment(), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )  # fmt: skip
+            self.processes.append(process)
             try:
-                return process.wait(stage.seconds)
+                return process.wait(limit)
             except subprocess.TimeoutExpired:
                 return None
             finally:
                 end_group(process)
+                self.processes.remove(process)
 
     def _log(self) -> TextIO:
         try:
@@ -162,12 +183,12 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def outcome(stage: Stage, status: int | None, seconds: float, lines: str) -> dict[str, Any]:
+def outcome(limit: float, status: int | None, seconds: float, lines: str) -> dict[str, Any]:
     """What results.json says of a stage: ok, seconds, reason where it is not, headlines, figures, failed, skipped."""
     entries = [json.loads(line) for line in lines.splitlines() if line.endswith("}")]  # the last may be torn
     failed = {entry["failed"]: entry["reason"] for entry in entries if "failed" in entry}
     result: dict[str, Any] = {"ok": status == 0 and not failed, "seconds": round(seconds, 1)}
-    if reason := _reason(stage, status, entries, failed):
+    if reason := _reason(limit, status, entries, failed):
         result["reason"] = reason
     result["headlines"] = [entry["headline"] for entry in entries if "headline" in entry]
     result["figures"] = {entry["case"]: entry["figures"] for entry in entries if entry.get("figures")}
@@ -176,11 +197,11 @@ def outcome(stage: Stage, status: int | None, seconds: float, lines: str) -> dic
     return result
 
 
-def _reason(stage: Stage, status: int | None, entries: list[dict[str, Any]], failed: dict[str, str]) -> str:
+def _reason(limit: float, status: int | None, entries: list[dict[str, Any]], failed: dict[str, str]) -> str:
     error = next((entry["error"] for entry in entries if "error" in entry), None)
     at_work = next((entry["begin"] for entry in reversed(entries) if "begin" in entry), "its start")
     if status is None:
-        return f"it took more than its {stage.seconds:g} s, at {at_work!r}, and was ended; {LOG} has its output."
+        return f"it took more than its {limit:g} s, at {at_work!r}, and was ended; {LOG} has its output."
     if error is not None:
         return str(error)
     if status < 0:
