@@ -233,6 +233,7 @@ def test_gpu_tests_are_deselected_aloud_and_asked_for_in_vain_end_with_the_statu
     done = without_card(sys.executable, *options)
     assert done.returncode == 0, done.stdout
     assert re.search(r"\d+ GPU tests were deselected; they run on a card: make test-gpu\.", done.stdout)
+    assert re.search(r"\d+/\d+ tests collected \(\d+ deselected\)", done.stdout)  # pytest's own line counts them too
     assert "cuda" not in done.stdout
     done = without_card(sys.executable, *options, FASTDPO_TEST_DEVICE="cuda", TRITON_INTERPRET="")
     assert done.returncode == 3
