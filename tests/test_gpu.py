@@ -35,8 +35,19 @@ def test_head(sizes: Sizes, check: HeadCheck) -> None:
     assert_ok(checks.check_head(check, sizes.device, sizes.backend, SEED, sizes.poison))
 
 
-@on_every_device
-@pytest.mark.parametrize("loss_type", LOSSES)
+def marks(sizes: Sizes, loss_type: str) -> list[pytest.MarkDecorator]:
+    """On a card each loss compiles for seconds: those that the stage does not check are slow there."""
+    return [pytest.mark.gpu] * sizes.on_gpu + [pytest.mark.slow] * (sizes.on_gpu and loss_type not in sizes.losses)
+
+
+LOSS_CASES = [
+    pytest.param(sizes, name, id=f"{sizes.device}-{name}", marks=marks(sizes, name))
+    for sizes in (TOY, REAL)
+    for name in LOSSES
+]
+
+
+@pytest.mark.parametrize(("sizes", "loss_type"), LOSS_CASES)
 def test_loss(sizes: Sizes, loss_type: str) -> None:
     assert_ok(checks.check_loss(loss_type, 33, sizes.device, sizes.backend, SEED))
 

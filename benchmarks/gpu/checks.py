@@ -163,8 +163,8 @@ def pair_tensors(pairs: int, device: str, seed: int) -> dict[str, Tensor]:
     ref = -40 + 8 * torch.randn(2, pairs, generator=generator)
     policy = ref + 3 * torch.randn(2, pairs, generator=generator)
     lengths = torch.randint(1, 30, (2, pairs), generator=generator)
-    names = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
-    names += ("chosen_lengths", "rejected_lengths")
+    names = [f"{prefix}{side}_logps" for prefix in ("", "ref_") for side in ("chosen", "rejected")]
+    names += ["chosen_lengths", "rejected_lengths"]
     return {name: x.to(device) for name, x in zip(names, (*policy, *ref, *lengths), strict=True)}
 
 

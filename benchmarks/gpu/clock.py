@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -43,7 +44,7 @@ class Times:
         ordered = sorted(self.device)
         return (ordered[(3 * len(ordered)) // 4] - ordered[len(ordered) // 4]) / (2 * self.ms) if self.ms else 0.0
 
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> dict[str, Any]:
         return {"ms": self.ms, "host_ms": self.host_ms, "spread": self.spread, "runs": len(self.device)}
 
 

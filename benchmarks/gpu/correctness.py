@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -20,25 +21,20 @@ PAIRS = 64
 def run(report: Report, sizes: Sizes) -> None:
     seed = secrets.randbits(31)
     report.add("seed", value=seed)
+    device, backend = sizes.device, sizes.backend
+    dtype = torch.bfloat16 if sizes.on_gpu else torch.float32
     cases: dict[str, Callable[[], list[Error]]] = {
-        "draws": lambda: checks.check_draws(sizes.draws, sizes.device, seed),
-        "attention with shared prefixes": lambda: checks.check_attention(
-            sizes.device, torch.bfloat16 if sizes.on_gpu else torch.float32, seed
-        ),
+        "draws": partial(checks.check_draws, sizes.draws, device, seed),
+        "attention with shared prefixes": partial(checks.check_attention, device, dtype, seed),
     }
     for check in sizes.checks:
-        cases[f"head: {check.name}"] = lambda check=check: checks.check_head(
-            check, sizes.device, sizes.backend, seed, sizes.poison
-        )
-    for options in ({}, {"scope": "instance", "variant": "paper"}):
-        name = ", ".join(options.values()) or "released, batch"
-        cases[f"dynamic β: {name}"] = lambda options=options: checks.check_dynamic_beta(
-            PAIRS, sizes.device, sizes.backend, seed, **options
+        cases[f"head: {check.name}"] = partial(checks.check_head, check, device, backend, seed, sizes.poison)
+    for scope, variant in (("batch", "released"), ("instance", "paper")):
+        cases[f"dynamic β: {scope}, {variant}"] = partial(
+            checks.check_dynamic_beta, PAIRS, device, backend, seed, scope=scope, variant=variant
         )
     for loss_type in sizes.losses:
-        cases[f"loss: {loss_type}"] = lambda loss_type=loss_type: checks.check_loss(
-            loss_type, PAIRS, sizes.device, sizes.backend, seed
-        )
+        cases[f"loss: {loss_type}"] = partial(checks.check_loss, loss_type, PAIRS, device, backend, seed)
     wrong = measured = 0
     for name, case in cases.items():
         if report.skips(name, NEEDED if sizes.on_gpu else 0.0):

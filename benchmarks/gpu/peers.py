@@ -42,11 +42,12 @@ def peers(compile_backend: str) -> dict[str, Peer]:
         "fastdpo": Peer(contenders.fastdpo_policy_head),
         "TRL": Peer(contenders.trl_policy_head, "trl.trainer.utils"),
         "cut-cross-entropy": Peer(contenders.cce_policy_head, "cut_cross_entropy", on_gpu=True),
+        "full logits": Peer(contenders.full_logits_policy_head),
+        "full logits, torch.compile": Peer(contenders.CompiledPolicyHead(compile_backend)),
+        # Last: it compiles for the longest
         "Liger": Peer(
             partial(contenders.liger_policy_head, sequences=SEQUENCES), "liger_kernel.chunked_loss", own_loss=True
         ),
-        "full logits": Peer(contenders.full_logits_policy_head),
-        "full logits, torch.compile": Peer(contenders.CompiledPolicyHead(compile_backend)),
     }
 
 

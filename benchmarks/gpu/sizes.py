@@ -150,7 +150,7 @@ REAL = Sizes(
         cards=("12GB", "24GB"),
         longest=16384,
     ),
-    pytest=("-m", "gpu"),
+    pytest=("-m", "gpu and not slow"),
     environment={"FASTDPO_TEST_DEVICE": "cuda"},
 )
 

@@ -3,7 +3,7 @@
 Log-probs by variable-length attention with shared, packed prompts against one padded row per completion; five steps of
 DPO and of β-DPO, the memory trial ahead of them included, beside TRL's DPOTrainer; the peak that `fastdpo estimate`
 predicts for the same run; and the longest pair that a 12 GB and a 24 GB card would hold, torch's allocator being held
-to that (what the driver takes beside it is not counted).
+to that (what the driver and the optimizer's states take beside it is not counted).
 """
 
 from __future__ import annotations
@@ -261,9 +261,14 @@ def report_estimate(report: Report, process: subprocess.Popen[str], seconds: flo
         raise RuntimeError(f"fastdpo estimate ended with status {process.returncode}; its message is in the log")
     document = json.loads(text)
     fits = {fit["gpu_memory"]: fit for fit in document["fits"] if not fit["checkpointing"]}
+    longest_pairs = {
+        card: fit["longest_pair"] and fit["longest_pair"]["prompt"] + 2 * fit["longest_pair"]["completion"]
+        for card, fit in fits.items()
+    }
     report.add(
         "estimate",
-        headline=f"estimate of the DPO run: peak {document['peak_bytes'] / MIB:,.0f} MiB",
+        headline=f"estimate of the DPO run: peak {document['peak_bytes'] / MIB:,.0f} MiB; longest pair in tokens: "
+        + ", ".join(f"{card} {tokens}" for card, tokens in longest_pairs.items()),
         peak_mib=document["peak_bytes"] / MIB,
         parts=document["parts"],
         fits=fits,
@@ -276,7 +281,6 @@ def report_estimate(report: Report, process: subprocess.Popen[str], seconds: flo
 def longest_pairs(report: Report, bench: Bench) -> None:
     """For each card, without checkpointing: the longest pair, half prompt, that goes forward and backward alone."""
     trainer: Any = bench.trainer("fastdpo", gradient_checkpointing="false")
-    trainer.create_optimizer()
     first = TokenBatch(trainer.data_collator([bench.data[0]]), trainer.args.device)
     trainer.layouts.settle(first, trainer.accelerator.autocast)
     for card in bench.shape.cards:
