@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -41,9 +42,8 @@ def run(report: Report, sizes: Sizes) -> None:
             continue
         with report.case(name):
             errors = case()
-            report.add(
-                name, **{error.name: error.seen for error in errors}, allowed={e.name: e.allowed for e in errors}
-            )
+            figures: dict[str, Any] = {error.name: error.seen for error in errors}
+            report.add(name, **figures, allowed={error.name: error.allowed for error in errors})
             measured += 1
             if bad := [error for error in errors if not error.ok]:
                 wrong += 1

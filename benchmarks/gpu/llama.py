@@ -66,12 +66,12 @@ def build(config: PretrainedConfig, chosen: ModelConfig, device: str, seed: int 
             model.config.quantization_config = quantization
     generator = torch.Generator(device).manual_seed(seed)
     for module, name, parameter in list(parameters_once(model)):
-        shape = (module.out_features, module.in_features) if is_4bit(module) and name == "weight" else parameter.shape
+        shape = parameter.shape
+        if isinstance(module, nn.Linear) and is_4bit(module) and name == "weight":
+            shape = torch.Size((module.out_features, module.in_features))
         value = torch.ones(shape, dtype=dtype, device=device)
         if len(shape) > 1:
-            value.normal_(
-                std=int(shape[-1]) ** -0.5, generator=generator
-            )  # or attention would be flat, and hide mistakes
+            value.normal_(std=shape[-1] ** -0.5, generator=generator)  # or attention would be flat, and hide mistakes
         module._parameters[name] = made(parameter, value)
     model.tie_weights()
     for module in model.modules():
