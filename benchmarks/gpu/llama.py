@@ -71,7 +71,8 @@ def build(config: PretrainedConfig, chosen: ModelConfig, device: str, seed: int 
             shape = torch.Size((module.out_features, module.in_features))
         value = torch.ones(shape, dtype=dtype, device=device)
         if len(shape) > 1:
-            value.normal_(std=shape[-1] ** -0.5, generator=generator)  # or attention would be flat, and hide mistakes
+            # Smaller weights would make attention flat, which hides mistakes in it
+            value.normal_(std=shape[-1] ** -0.5, generator=generator)
         module._parameters[name] = made(parameter, value)
     model.tie_weights()
     for module in model.modules():
@@ -97,7 +98,8 @@ def made(old: nn.Parameter, value: torch.Tensor) -> nn.Parameter:
         return nn.Parameter(value, requires_grad=old.requires_grad)
     fields = ("blocksize", "compress_statistics", "quant_type", "quant_storage", "module")
     settings: dict[str, Any] = {name: getattr(old, name) for name in fields}
-    packed: nn.Parameter = type(old)(value, requires_grad=False, **settings).to(value.device)
+    kind: Any = type(old)
+    packed: nn.Parameter = kind(value, requires_grad=False, **settings).to(value.device)
     return packed
 
 

@@ -68,7 +68,8 @@ class Bench:
         """A trainer of a fresh model with the same LoRA."""
         on_gpu = self.sizes.on_gpu
         arguments = {
-            "output_dir": str(self.folder / "run"),
+            # One each: a run would take the reference log-probs that another has left in its folder
+            "output_dir": tempfile.mkdtemp(dir=self.folder),
             "per_device_train_batch_size": self.case.pairs,
             "max_steps": self.case.steps,
             "learning_rate": 1e-4,
