@@ -12,14 +12,17 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+
+import torch
 
 import fastdpo
 from benchmarks.cases import HeadInputs
 from benchmarks.gpu.report import Skipped
 from benchmarks.gpu.sizes import Sizes
 
-KERNELS = "fastdpo_kernels.head_gemm"
+KERNELS, TILES = "fastdpo_kernels.head_gemm", "fastdpo_kernels.head_tiles"
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,21 @@ def plans(sizes: Sizes) -> dict[str, Plan]:
 
 
 def tile_calls(x: HeadInputs, columns: int, *, store: bool) -> dict[str, Callable[[], object]]:
-    """Candidate tile → one launch over the first `columns` of the vocabulary; store: with the exponentials for the
-    gradient. Raises Skipped where the kernels are not there."""
-    module = importlib.import_module(KERNELS) if importlib.util.find_spec(KERNELS) else None
-    candidates = getattr(module, "candidate_calls", None)
-    if candidates is None:
-        raise Skipped(f"{KERNELS}.candidate_calls is not part of this version")
-    calls: dict[str, Callable[[], object]] = candidates(x.hidden.detach(), x.weight[:columns], x.targets, store=store)
+    """Tile → one launch over the first `columns` of the vocabulary, the table's own tile first; store: with the
+    exponentials for the gradient. Raises Skipped where this version has no such kernel."""
+    if importlib.util.find_spec(KERNELS) is None:
+        raise Skipped(f"{KERNELS} is not part of this version")
+    kernels = importlib.import_module(KERNELS)
+    tiles = importlib.import_module(TILES)
+    hidden, weight, rows = x.hidden.detach(), x.weight[:columns], len(x.hidden)
+    reference = kernels.Reference(
+        hidden.new_empty(rows, dtype=torch.float32), hidden.new_empty(rows, dtype=torch.int32)
+    )
+    kernels.target_logits(hidden, x.weight, None, x.targets, reference)
+    options: dict[str, Any] = {"exps": hidden.new_empty(rows, columns), "reference": reference} if store else {}
+    calls: dict[str, Callable[[], object]] = {}
+    for tile in dict.fromkeys((kernels.fused_tile(hidden, weight), *tiles.CANDIDATES)):
+        tops, sums = hidden.new_empty(2, -(-columns // tile.columns), rows, dtype=torch.float32)
+        partials = kernels.Partials(tops, sums, hidden.new_empty(rows, dtype=torch.float32))
+        calls[str(tile)] = partial(kernels.head_gemm, hidden, weight, None, x.targets, partials, tile, **options)
     return calls

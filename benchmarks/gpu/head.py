@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from triton.runtime.errors import OutOfResources
 
 import fastdpo
 from benchmarks import cases
@@ -16,7 +17,7 @@ from benchmarks.cases import HeadCase, HeadInputs
 from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.fused_head import Plan, environment, plans, tile_calls
 from benchmarks.gpu.products import addmm, mm
-from benchmarks.gpu.report import Report
+from benchmarks.gpu.report import Report, Skipped
 from benchmarks.gpu.sizes import MIB, Sizes
 
 #: Seconds of one plan at one shape, or of one tile, compilation included.
@@ -122,6 +123,9 @@ def _tiles(report: Report, sizes: Sizes, clock: Clock, case: HeadCase, store: bo
         for tile, call in calls.items():
             if report.skips(f"{title}: {tile}", needed):
                 break
-            with report.case(f"{title}: {tile}"):  # a tile may not fit this card
-                times = clock.time(call)
+            with report.case(f"{title}: {tile}"):
+                try:
+                    times = clock.time(call)
+                except OutOfResources as error:
+                    raise Skipped(f"it does not fit this card ({error})") from error
                 report.add(f"{title}: {tile}", of_cublas=product / times.ms, **times.figures())
