@@ -155,6 +155,7 @@ REAL = Sizes(
 )
 
 #: Small enough for Triton's interpreter, which takes about a millisecond per program.
+#: H = 16: rows of whole 16 bytes, as the fused head asks for.
 TOY = Sizes(
     device="cpu",
     dtype=torch.float32,
@@ -163,7 +164,7 @@ TOY = Sizes(
     poison=MIB,
     copy=MIB,
     square=32,
-    checks=head_checks(5, 12, 101),
+    checks=head_checks(5, 16, 101),
     losses=CHECKED_LOSSES,
     draws=300,
     heads=(HeadCase(16, 16, 301),),
