@@ -2,14 +2,17 @@
 # make lint   format, rules, types                       make dist   build wheel and sdist
 # make test-floor   tests with the oldest triton and transformers that are supported (requirements/floor.txt)
 # make bench  ratios of time and memory against the peers (about 7 minutes)
+# make gpu-kit    gather what a card's machine without a network lacks (PYTHON_VERSION=3.12); then there: bash gpu/prove.sh
+# make test-gpu, make bench-gpu  the tests and the stages of benchmarks.gpu, on this machine's card; status 3 without one
 # ARGS="..." is passed on: make demo ARGS="--pairs all --minutes 60", make test ARGS="-k resume"
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PYTHON_VERSION ?= 3.12
 ARGS ?=
 
-.PHONY: demo test test-floor bench lint format dist clean
+.PHONY: demo test test-floor bench gpu-kit test-gpu bench-gpu lint format dist clean
 
 demo: $(VENV)/.run
 	$(BIN)/fastdpo demo --overwrite_output_dir $(ARGS)
@@ -26,6 +29,16 @@ test-floor: $(VENV)/.floor
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks $(ARGS)
+
+gpu-kit:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python gpu/kit.py --python $(PYTHON_VERSION) $(ARGS)
+
+test-gpu: $(VENV)/.dev
+	FASTDPO_TEST_DEVICE=cuda $(BIN)/python -m pytest -m gpu $(ARGS)
+
+bench-gpu: $(VENV)/.bench-gpu
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -61,4 +74,8 @@ $(VENV)/.floor: $(VENV)/.dev requirements/floor.txt
 
 $(VENV)/.bench: $(VENV)/.dev requirements/bench.txt
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements/bench.txt
+	touch $@
+
+$(VENV)/.bench-gpu: $(VENV)/.bench requirements/gpu-kit.txt
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements/gpu-kit.txt
 	touch $@

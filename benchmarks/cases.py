@@ -134,25 +134,31 @@ TINY_LOSS = (LossCase(3, target_ms=1.0),)
 
 
 def head_weight(case: HeadCase | PairCase, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """(V, H), giving logits of LOGIT_STD from hidden states of unit variance."""
-    weight = torch.empty(case.vocab, case.hidden).normal_(std=LOGIT_STD / case.hidden**0.5, generator=generator)
-    return weight.to(dtype)
+    """(V, H) where the generator is, giving logits of LOGIT_STD from hidden states of unit variance."""
+    weight = torch.empty(case.vocab, case.hidden, device=generator.device)
+    return weight.normal_(std=LOGIT_STD / case.hidden**0.5, generator=generator).to(dtype)
 
 
-def head_inputs(case: HeadCase, dtype: torch.dtype = torch.float32, seed: int = 0) -> HeadInputs:
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(case.rows, case.hidden, generator=generator)
-    reference = hidden + REFERENCE_DISTANCE * torch.randn(hidden.shape, generator=generator)
+def head_inputs(
+    case: HeadCase, dtype: torch.dtype = torch.float32, seed: int = 0, device: torch.device | str = "cpu"
+) -> HeadInputs:
+    """Drawn on `device`: each kind of device has numbers of its own."""
+    generator = torch.Generator(device).manual_seed(seed)
+    hidden = torch.randn(case.rows, case.hidden, generator=generator, device=device)
+    reference = hidden + REFERENCE_DISTANCE * torch.randn(hidden.shape, generator=generator, device=device)
     return HeadInputs(
         hidden.to(dtype).requires_grad_(),
         reference.to(dtype),
         head_weight(case, dtype, generator),
-        torch.randint(0, case.vocab, (case.rows,), generator=generator),
-        torch.randn(case.rows, generator=generator),
+        torch.randint(0, case.vocab, (case.rows,), generator=generator, device=device),
+        torch.randn(case.rows, generator=generator, device=device),
     )
 
 
-def pair_inputs(case: PairCase, dtype: torch.dtype = torch.float32, seed: int = 0) -> PairInputs:
+def pair_inputs(
+    case: PairCase, dtype: torch.dtype = torch.float32, seed: int = 0, device: torch.device | str = "cpu"
+) -> PairInputs:
+    """Drawn on the CPU whatever the device, as the shapes follow from the draws."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(bounds: tuple[int, int], count: int) -> Tensor:
@@ -167,13 +173,15 @@ def pair_inputs(case: PairCase, dtype: torch.dtype = torch.float32, seed: int = 
     hidden = torch.randn(*scored.shape, case.hidden, generator=generator)
     reference = hidden + REFERENCE_DISTANCE * torch.randn(hidden.shape, generator=generator)
     weight = head_weight(case, dtype, generator)
-    return PairInputs(hidden.to(dtype).requires_grad_(), reference.to(dtype), weight, targets, case.beta)
+    hidden, reference = (x.to(device, dtype) for x in (hidden, reference))
+    return PairInputs(hidden.requires_grad_(), reference, weight.to(device), targets.to(device), case.beta)
 
 
-def loss_inputs(case: LossCase, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def loss_inputs(case: LossCase, seed: int = 0, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     """Token log-probs (N,) that need a gradient, those of the reference (N,), boundaries (2·pairs + 1,)."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(20, 121, (2 * case.pairs,), generator=generator)
     boundaries = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     logps = -torch.rand(int(boundaries[-1]), generator=generator)
-    return logps.clone().requires_grad_(), logps + 0.1 * torch.randn(logps.shape, generator=generator), boundaries
+    reference = logps + 0.1 * torch.randn(logps.shape, generator=generator)
+    return logps.to(device, copy=True).requires_grad_(), reference.to(device), boundaries.to(device)

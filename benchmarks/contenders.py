@@ -34,9 +34,9 @@ def fastdpo_head(x: HeadInputs) -> None:
         fastdpo_logps(x.ref_hidden, x.weight, x.targets)
 
 
-def warm_up(dtype: torch.dtype) -> None:
+def warm_up(dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
     """Load BLAS and its threads, the operators and autograd, which take more than a second in the first call."""
-    fastdpo_head(head_inputs(HeadCase(16, 32, 64), dtype))
+    fastdpo_head(head_inputs(HeadCase(16, 32, 64), dtype, device=device))
 
 
 def fastdpo_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class BareGemms:
     def __init__(self, x: HeadInputs) -> None:
         self.hidden, self.ref_hidden, self.weight = x.hidden.detach(), x.ref_hidden, x.weight
         rows, vocab = len(x.hidden), len(x.weight)
-        self.probs = torch.full((rows, vocab), 1.0 / vocab, dtype=x.weight.dtype)
+        self.probs = x.weight.new_full((rows, vocab), 1.0 / vocab)
         self.logits = torch.zeros_like(self.probs)
         self.gradient = torch.zeros_like(self.hidden)
 
@@ -72,10 +72,25 @@ def against_floor(x: HeadInputs) -> dict[str, Callable[[], None]]:
     return {"fastdpo": lambda: fastdpo_head(x), "floor": BareGemms(x)}
 
 
+def full_logits_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Logits in the inputs' dtype, their log-softmax in float32. (N, H), (V, H), (N,) → (N,)."""
+    return (hidden @ weight.t()).float().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+
+
 def full_logits_policy_head(x: HeadInputs) -> Tensor:
-    logps = (x.hidden @ x.weight.t()).float().log_softmax(-1).gather(1, x.targets[:, None]).squeeze(1)
-    (gradient,) = torch.autograd.grad(logps, x.hidden, x.grad_logps)
+    (gradient,) = torch.autograd.grad(full_logits_logps(x.hidden, x.weight, x.targets), x.hidden, x.grad_logps)
     return gradient
+
+
+class CompiledPolicyHead:
+    """`full_logits_policy_head` under torch.compile, compiled anew for each shape."""
+
+    def __init__(self, backend: str) -> None:
+        self.logps = torch.compile(full_logits_logps, backend=backend, dynamic=False)
+
+    def __call__(self, x: HeadInputs) -> Tensor:
+        (gradient,) = torch.autograd.grad(self.logps(x.hidden, x.weight, x.targets), x.hidden, x.grad_logps)
+        return gradient
 
 
 def trl_policy_head(x: HeadInputs) -> Tensor:
@@ -84,9 +99,16 @@ def trl_policy_head(x: HeadInputs) -> Tensor:
 
 
 def liger_policy_head(x: HeadInputs, sequences: int = 8) -> Tensor:
-    """The rows as 8 sequences, without a reference."""
-    loss = _liger_loss(x.weight, x.hidden.view(sequences, -1, x.hidden.shape[1]), x.targets.view(sequences, -1), None)
+    """The rows as 8 sequences, without a reference, to Liger's own loss."""
+    hidden, targets = x.hidden.view(sequences, -1, x.hidden.shape[1]), x.targets.view(sequences, -1)
+    loss = _liger_loss(x.weight, hidden, targets, None, compiled=x.hidden.is_cuda)
     (gradient,) = torch.autograd.grad(loss, x.hidden)
+    return gradient
+
+
+def cce_policy_head(x: HeadInputs) -> Tensor:
+    """cut-cross-entropy's Triton kernels, which need a GPU, as they come: gradients below 2⁻¹² are left out."""
+    (gradient,) = torch.autograd.grad(-_cce_losses(x.hidden, x.weight, x.targets), x.hidden, x.grad_logps)
     return gradient
 
 
@@ -170,12 +192,27 @@ def _outcome(loss: Tensor, x: PairInputs) -> Outcome:
 
 
 def _liger_loss(
-    weight: Tensor, hidden: Tensor, targets: Tensor, ref_hidden: Tensor | None, beta: float = 0.1
+    weight: Tensor,
+    hidden: Tensor,
+    targets: Tensor,
+    ref_hidden: Tensor | None,
+    beta: float = 0.1,
+    *,
+    compiled: bool = False,
 ) -> Tensor:
+    """compiled: Liger's default, and its best setting on a GPU; on a CPU it gains nothing here."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
-    loss = LigerFusedLinearDPOLoss(beta=beta, compiled=False, use_ref_model=ref_hidden is not None)
+    loss = LigerFusedLinearDPOLoss(beta=beta, compiled=compiled, use_ref_model=ref_hidden is not None)
     return loss(weight, hidden, targets, ref_input=ref_hidden, ref_weight=None if ref_hidden is None else weight)[0]
+
+
+def _cce_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """(N, H), (V, H), (N,) → (N,)."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    losses: Tensor = linear_cross_entropy(hidden, weight, targets, reduction="none", impl="cce")
+    return losses
 
 
 def _trl_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

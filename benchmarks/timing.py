@@ -6,7 +6,10 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, TypeVar
+
+import torch
 
 Result = TypeVar("Result")
 #: The first run pays for page faults and lazy initialisation, so nobody is judged by it alone,
@@ -35,16 +38,34 @@ class Timing(Generic[Result]):
         return spent < LONG_RUN if runs < MIN_RUNS else runs < repeats and spent < budget
 
 
+def nothing_to_wait_for() -> None:
+    """A CPU's work is done when its call returns."""
+
+
+def synchronizer(device: torch.device | str) -> Callable[[], None]:
+    """What waits until `device` has done the work that was given to it."""
+    device = torch.device(device)
+    return nothing_to_wait_for if device.type == "cpu" else partial(torch.accelerator.synchronize, device)
+
+
 def interleave(
-    contenders: Mapping[str, Callable[[], Result]], repeats: int, budget: float
+    contenders: Mapping[str, Callable[[], Result]],
+    repeats: int,
+    budget: float,
+    synchronize: Callable[[], None] = nothing_to_wait_for,
 ) -> dict[str, Timing[Result]]:
-    """Run all contenders in turns, each at most `repeats` times, and no more once it took `budget` seconds."""
+    """Run all contenders in turns, each at most `repeats` times, and no more once it took `budget` seconds.
+
+    synchronize: waits for the device that the contenders work on, before and after each run (see `synchronizer`).
+    """
     timings: dict[str, Timing[Result]] = {name: Timing() for name in contenders}
     while waiting := [name for name, timing in timings.items() if timing.wants_more(repeats, budget)]:
         for name in waiting:
             timings[name].result = None  # not held while the next run measures its own allocations
+            synchronize()
             start = time.perf_counter()
             result = contenders[name]()
+            synchronize()
             timings[name].seconds.append(time.perf_counter() - start)
             timings[name].result = result
     return timings

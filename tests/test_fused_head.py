@@ -410,7 +410,7 @@ def test_one_allocation_within_the_plan(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_tiles_by_capability(capsys: pytest.CaptureFixture[str]) -> None:
     assert head_tiles.listed((90, "plain")) == TILES[90, "plain"]
-    assert head_tiles.listed((87, "capped")) == TILES[86, "capped"]
+    assert head_tiles.listed((87, "adjusted")) == TILES[86, "adjusted"]
     assert head_tiles.listed((103, "tf32")) == TILES[100, "tf32"]
     with pytest.raises(ValueError, match=r"no tile is known for sm_75; the kernels need sm_80"):
         head_tiles.listed((75, "plain"))
@@ -461,8 +461,11 @@ def test_what_a_search_runs_is_a_product() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(head_gemm, "tile_for", tile_for)
-        head_gemm.fused_tile(data["hidden"], data["weight"], LogitScales(softcap=3.0))
-    assert seen == ["capped"]
+        head_gemm.fused_tile(data["hidden"], data["weight"])
+        head_gemm.fused_tile(data["hidden"], data["weight"], data["bias"])
+        head_gemm.fused_tile(data["hidden"], data["weight"], None, LogitScales(softcap=3.0))
+        head_gemm.fused_tile(data["hidden"].float(), data["weight"].float(), data["bias"])
+    assert seen == ["plain", "adjusted", "adjusted", "tf32"]
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def _fill(
     head: Head, hidden: Tensor, targets: Tensor, logps: Tensor, lse: Tensor, gradient: Tensor | None, workspace: int
 ) -> None:
     """Write log-probs, log-normalizers and unit gradients of all rows, a balanced part of them at a time."""
-    tile = head_gemm.fused_tile(hidden, head.weight, _scales(head))
+    tile = head_gemm.fused_tile(hidden, head.weight, head.bias, _scales(head))
     plan = plan_fused(len(hidden), len(head.weight), hidden.itemsize, workspace, unit_gradient=gradient is not None)
     room = _Room(plan, tile, hidden, len(head.weight), gradient is not None)
     for start in range(0, len(hidden), plan.rows):

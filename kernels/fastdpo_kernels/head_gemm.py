@@ -224,7 +224,7 @@ _INTERPRETED = not isinstance(_head_gemm_kernel, triton.runtime.JITFunction)
 # Launchers
 
 
-def fused_tile(hidden: Tensor, weight: Tensor, scales: LogitScales = PLAIN) -> Tile:
+def fused_tile(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, scales: LogitScales = PLAIN) -> Tile:
     """The tile of `head_gemm` for these operands, from the table or by a search over the first columns of `weight`."""
 
     def run(tile: Tile) -> None:
@@ -234,11 +234,12 @@ def fused_tile(hidden: Tensor, weight: Tensor, scales: LogitScales = PLAIN) -> T
         reference = Reference(hidden.new_zeros(rows, dtype=torch.float32), hidden.new_zeros(rows, dtype=torch.int32))
         targets = torch.zeros(rows, dtype=torch.int64, device=hidden.device)
         head_gemm(
-            hidden, weight, None, targets, partials, tile,
+            hidden, weight, bias, targets, partials, tile,
             columns=columns, exps=hidden.new_empty(rows, columns), reference=reference, scales=scales,
         )  # fmt: skip
 
-    return tile_for(hidden.device, variant(hidden.dtype, capped=scales.softcap is not None), run)
+    adjusted = bias is not None or scales.softcap is not None
+    return tile_for(hidden.device, variant(hidden.dtype, adjusted=adjusted), run)
 
 
 def target_logits(

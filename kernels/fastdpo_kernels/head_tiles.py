@@ -1,9 +1,9 @@
 """Tiles of the head's fused product: one table, searched only when asked.
 
 A tile is chosen by the card's capability and by what the epilogue must hold beside the sums (the variant):
-    plain    16-bit operands, with or without a bias
-    capped   16-bit operands and a softcap, whose tanh is kept too: half as wide
-    tf32     float32 operands, which a caller has allowed to be rounded to TF32
+    plain      16-bit operands, the logits taken as they are or scaled
+    adjusted   16-bit operands with a bias or a softcap, whose tanh is kept too: half as wide
+    tf32       float32 operands, which a caller has allowed to be rounded to TF32
 Every entry compiles without a spill, and leaves room for the stated CTAs per SM (tests/test_head_gemm_compile.py). None
 was ever timed on a card. `FASTDPO_TUNE_HEAD=1` times the candidates on the first product of each variant, prints the
 line that belongs into TILES, and takes it for the rest of the process.
@@ -44,12 +44,12 @@ TILES = {
     (90, "plain"): Tile(128, 256, 64, 8, 4),
     (100, "plain"): Tile(128, 256, 64, 8, 4),
     (120, "plain"): Tile(128, 128, 32, 4, 4),
-    (80, "capped"): Tile(128, 128, 64, 8, 3),
-    (86, "capped"): Tile(128, 128, 32, 8, 4),
-    (89, "capped"): Tile(128, 128, 32, 8, 4),
-    (90, "capped"): Tile(128, 128, 64, 8, 4),
-    (100, "capped"): Tile(128, 128, 64, 8, 4),
-    (120, "capped"): Tile(128, 128, 32, 8, 4),
+    (80, "adjusted"): Tile(128, 128, 64, 8, 3),
+    (86, "adjusted"): Tile(128, 128, 32, 8, 4),
+    (89, "adjusted"): Tile(128, 128, 32, 8, 4),
+    (90, "adjusted"): Tile(128, 128, 64, 8, 4),
+    (100, "adjusted"): Tile(128, 128, 64, 8, 4),
+    (120, "adjusted"): Tile(128, 128, 32, 8, 4),
     (80, "tf32"): Tile(128, 128, 32, 8, 3),
     (86, "tf32"): Tile(128, 128, 16, 8, 4),
     (89, "tf32"): Tile(128, 128, 16, 8, 4),
@@ -72,9 +72,9 @@ CANDIDATES = (
 _found: dict[tuple[int, str], Tile] = {}
 
 
-def variant(dtype: torch.dtype, *, capped: bool) -> str:
-    """The variant for operands of `dtype`."""
-    return "tf32" if dtype == torch.float32 else "capped" if capped else "plain"
+def variant(dtype: torch.dtype, *, adjusted: bool) -> str:
+    """The variant for operands of `dtype`. adjusted: whether there is a bias or a softcap."""
+    return "tf32" if dtype == torch.float32 else "adjusted" if adjusted else "plain"
 
 
 def tile_for(device: torch.device, kind: str, run: Callable[[Tile], None]) -> Tile:

@@ -1,0 +1,1 @@
+"""What a card is asked in one go: eight stages, `python -m benchmarks.gpu --help`."""

@@ -1,0 +1,72 @@
+"""Stage 3: the head's products alone, by tile: h Wᵀ into the operands' dtype and into float32, A += P W in float32.
+
+FLOPs of a tile: 2 · rows · columns · H. A plan of tiles costs the sum over the head of what is printed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import HeadCase
+from benchmarks.gpu.clock import Clock
+from benchmarks.gpu.report import Report
+from benchmarks.gpu.sizes import Sizes
+
+#: Seconds of one tile's four products, allocation and warm-up included.
+NEEDED = 2.0
+
+
+def mm(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b, in out's dtype."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def addmm(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out += a @ b, in out's dtype; every row and column is read and written once."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b)
+    else:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+
+
+def products(case: HeadCase, rows: int, columns: int, dtype: torch.dtype, device: str) -> dict[str, Callable[[], None]]:
+    """Of one tile, on random operands: zeros multiply faster."""
+    hidden = torch.randn(rows, case.hidden, dtype=dtype, device=device)
+    weight = torch.randn(columns, case.hidden, dtype=dtype, device=device)
+    probs = torch.rand(rows, columns, dtype=dtype, device=device)
+    logits = torch.empty(rows, columns, dtype=dtype, device=device)
+    tile = torch.empty(rows, columns, dtype=torch.float32, device=device)
+    total = torch.zeros(rows, case.hidden, dtype=torch.float32, device=device)
+    return {
+        "logits": lambda: mm(hidden, weight.t(), logits),
+        "logits in float32": lambda: mm(hidden, weight.t(), tile),
+        "gradient added in float32": lambda: addmm(probs, weight, total),
+    }
+
+
+def run(report: Report, sizes: Sizes) -> None:
+    clock = Clock(sizes.device, sizes.seconds / 4)
+    best: dict[str, float] = {}
+    for case in sizes.heads:
+        for rows, columns in sizes.tiles:
+            rows, columns = min(rows or case.rows, case.rows), min(columns or case.vocab, case.vocab)
+            name = f"H = {case.hidden}: {rows} × {columns}"
+            if report.skips(name, NEEDED if sizes.on_gpu else 0.0):
+                continue
+            with report.case(name):
+                figures: dict[str, Any] = {}
+                for what, times in clock.measure(products(case, rows, columns, sizes.dtype, sizes.device)).items():
+                    rate = 2 * rows * columns * case.hidden / times.ms / 1e9
+                    figures[what] = {"teraflops": rate, **times.figures()}
+                    best[what] = max(best.get(what, 0.0), rate)
+                report.add(name, **figures)
+    report.add(
+        "summary", headline="; ".join(f"{what}: up to {rate:,.3g} TFLOP/s" for what, rate in best.items()), **best
+    )
