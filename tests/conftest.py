@@ -33,8 +33,8 @@ sys.path.insert(1, str(Path(__file__).parent.parent))  # `benchmarks`, whose che
 
 
 def pytest_configure() -> None:
-    """No test runs unless on what was asked for: with FASTDPO_TEST_DEVICE a card, with FASTDPO_TEST_FLOOR, the folder of
-    the oldest versions, these."""
+    """No test runs unless on what was asked for: with FASTDPO_TEST_DEVICE a card, with FASTDPO_TEST_FLOOR, the folder
+    of the oldest versions, these."""
     if folder := os.environ.get("FASTDPO_TEST_FLOOR"):
         from floor import wrong_versions
 
