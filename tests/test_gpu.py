@@ -17,7 +17,6 @@ from benchmarks.gpu.loss import Step, captured
 from benchmarks.gpu.sizes import REAL, TOY, HeadCheck, Sizes
 from fastdpo.losses import LOSSES
 
-SIZES = {"cpu": TOY, "cuda": REAL}
 DEVICES = [pytest.param(TOY, id="cpu"), pytest.param(REAL, id="cuda", marks=pytest.mark.gpu)]
 HEADS = [pytest.param(s, check, id=f"{s.device}-{check.name}", marks=[pytest.mark.gpu] * s.on_gpu)
          for s in (TOY, REAL) for check in s.checks]  # fmt: skip

@@ -3,8 +3,8 @@
 Each gives `Error`s: a name, the error seen, and what is allowed. Allowed are, relative to the largest true log-prob:
 1e-5 in float32, 3e-5 for 16-bit inputs, whose products are exact but summed by tensor cores with a few bits less than
 float32 has (`tl.exp` is ex2.approx, 2 ulp). Gradients in their norm: float32 1e-5; bfloat16 2⁻⁸, as E, the kept unit
-gradient and the result are each rounded by up to 2⁻⁹ (E's rounding alone gave 1.4e-3 to 2.7e-3 in a sketch); float16
-2⁻¹⁰, its roundings being 2⁻¹².
+gradient and the result are each rounded by up to 2⁻⁹ (E's rounding alone gave 1.4e-3 to 2.7e-3 in a sketch), and twice
+that in Triton's interpreter, which truncates where hardware rounds; float16 2⁻¹⁰, its roundings being 2⁻¹².
 """
 
 from __future__ import annotations
@@ -134,7 +134,9 @@ def check_head(check: HeadCheck, device: str, backend: str, seed: int, poisoned:
     again = run_head(function, check, problem, check.dtype, backend=backend)
     errors = [Error("log-probs", largest(logps, truth[0]), LOGPS_ALLOWED[check.dtype])]
     for name, grad in grads.items():
-        errors.append(Error(f"gradient of {name}", in_norm(grad, truth[2][name]), GRADIENT_ALLOWED[check.dtype]))
+        truncated = device == "cpu" and check.dtype == torch.bfloat16
+        allowed = GRADIENT_ALLOWED[check.dtype] * (2 if truncated else 1)
+        errors.append(Error(f"gradient of {name}", in_norm(grad, truth[2][name]), allowed))
     for name, values in stats.items():
         if name == "is_top1":
             clear = clear_winners(check, problem)
