@@ -22,7 +22,7 @@ test: $(VENV)/.dev
 
 FLOOR := $(abspath $(VENV))/floor
 # Every kernel, and a cut through the trainer; CONTRIBUTING.md names the wider selection
-FLOOR_TESTS ?= $(patsubst %,tests/test_%.py,kernels_compile rng head_kernels fused_head selective_logprob preference_ops \
+FLOOR_TESTS ?= $(patsubst %,tests/test_%.py,kernels_compile head_gemm_compile rng head_kernels fused_head selective_logprob preference_ops \
   scoring prefix_sharing cli trl_trainer quantized)
 test-floor: $(VENV)/.floor
 	FASTDPO_TEST_FLOOR=$(FLOOR) PYTHONPATH=$(FLOOR) $(BIN)/python -m pytest $(FLOOR_TESTS) $(ARGS)

@@ -20,8 +20,6 @@ def compile_kernel(
     constants: Mapping[str, Any],
     types: Mapping[str, Any],
     architecture: int,
-    *,
-    unaligned: frozenset[str] = frozenset(),
     **options: int,
 ) -> Any:
     """`kernel` for one architecture.
@@ -29,7 +27,6 @@ def compile_kernel(
     Args:
         constants: compile-time arguments; None for a pointer that is left out.
         types: of other arguments, where they are not float32 pointers (`*_ptr`) or 32-bit integers (the rest).
-        unaligned: integers that are not multiples of 16, as most sizes and strides are.
         options: num_warps, num_stages.
     """
     import triton
@@ -47,9 +44,7 @@ def compile_kernel(
     aligned = {
         (parameter.num,): [["tt.divisibility", 16]]
         for parameter in kernel.params
-        if str(signature[parameter.name]).startswith(("*", "i"))
-        and not parameter.do_not_specialize
-        and parameter.name not in unaligned
+        if str(signature[parameter.name]).startswith(("*", "i")) and not parameter.do_not_specialize
     }
     source = ASTSource(kernel, signature, values, aligned)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)

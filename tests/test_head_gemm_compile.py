@@ -66,14 +66,12 @@ def compile_case(kind: str, way: str, architecture: int) -> dict[str, int]:
         "targets_ptr": "*i64",
         "flags_ptr": "*i32",
     }
-    unaligned = frozenset({"rows", "columns", "hidden_units"})
     return measure(
         compile_kernel(
             _head_gemm_kernel,
             constants,
             types,
             architecture,
-            unaligned=unaligned,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )

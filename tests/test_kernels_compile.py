@@ -145,9 +145,10 @@ SPECS = {
         "head_merge:_merge_kernel",
         {"CAPPED": True, "ROWS": 8, "TILES": 64, "BLOCK": 512},
         {**HEAD_TYPES, "gradient_ptr": "*bf16"},
-        wide_loads=16,
-        wide_stores=4,
-        shared=16 * 1024,
+        warps=8,
+        wide_loads=6,
+        wide_stores=2,
+        shared=1024,
     ),
     "merge, reference": Spec(
         "head_merge:_merge_kernel",
@@ -156,6 +157,7 @@ SPECS = {
             **{"CAPPED": False, "ROWS": 8, "TILES": 64, "BLOCK": 512},
         },
         HEAD_TYPES,
+        warps=8,
         shared=1024,
     ),
     "rescue": Spec(

@@ -77,7 +77,8 @@ PLAIN = LogitScales()
 # Kernels
 
 
-@triton.jit
+# Sizes that change from call to call: one compiled kernel serves them all
+@triton.jit(do_not_specialize=["rows", "columns", "hidden_units"])
 def _head_gemm_kernel(
     hidden_ptr: tl.tensor,
     weight_ptr: tl.tensor,

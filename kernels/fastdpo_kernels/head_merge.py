@@ -33,7 +33,8 @@ _RESCUE_TOKENS, _RESCUE_BLOCK = 32, 256
 # Kernels
 
 
-@triton.jit
+# Sizes that change from call to call: one compiled kernel serves them all
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def _merge_kernel(
     tops_ptr: tl.tensor,
     sums_ptr: tl.tensor,
@@ -212,7 +213,7 @@ def merge(
         0 if gradient is None else gradient.shape[1],
         *(0 if each is None else each.stride(0) for each in (accumulator, weight, gradient)),
         *scales.arguments(LOG_2), scales.slope,
-        CAPPED=scales.softcap is not None, ROWS=_ROWS, TILES=_TILES, BLOCK=_BLOCK, num_warps=4,
+        CAPPED=scales.softcap is not None, ROWS=_ROWS, TILES=_TILES, BLOCK=_BLOCK, num_warps=8,
     )  # fmt: skip
 
 
