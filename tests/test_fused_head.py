@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fastdpo
 from fastdpo import reference
-from fastdpo.ops import fused_head, tile_loop
+from fastdpo.ops import fused_head, linear_logprob_backends, tile_loop
 from fastdpo.ops.head import Head
 from fastdpo.ops.tiles import WORKSPACE, plan_fused
 from fastdpo_kernels import head_gemm, head_merge, head_tiles
@@ -369,8 +369,12 @@ def test_both_ways_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) ->
         assert (one.float() - other.float()).abs().max() <= 2 * SLACK[dtype][1] * other.abs().max()
 
 
-def test_statistics_are_served_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_are_served_beside_it_and_the_log_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.delenv("FASTDPO_HEAD")
+    caplog.set_level("INFO", "fastdpo")
+    linear_logprob_backends._tell.cache_clear()
     data = problem(5, 16, 60, torch.bfloat16)
     logps, stats = fastdpo.linear_logprob(
         data["hidden"], data["weight"], data["targets"], backend="triton", stats=STATS
@@ -381,6 +385,10 @@ def test_statistics_are_served_beside_it(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(logps.double(), truth, rtol=0.0, atol=1e-5)
     for name in STATS:
         torch.testing.assert_close(stats[name].double(), expected[name].double(), rtol=0.0, atol=1e-4)
+    assert [record.getMessage() for record in caplog.records] == [
+        "linear_logprob folds tiles of logits in memory, not within the product: statistics need every logit more than "
+        "once."
+    ]
 
 
 # Room, tiles, bad input

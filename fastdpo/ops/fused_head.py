@@ -5,8 +5,11 @@ With the unit gradient: the targets' logits, to which exponentials refer; per ch
 also writes E in 16 bits, and A += E W; then merge and gradient, and flagged rows anew. 2C + 3 launches for C chunks.
 
 Bytes per logit, GEMM operands aside: E written and read 4; the accumulator 8·H·C/V less the first chunk's reading; the
-partial sums 16/256 per pass; finish and backward 12·H/V. Memory above inputs and outputs: E, within `workspace`, and
+partial sums 16/256 per pass; finish and backward 10·H/V. Memory above inputs and outputs: E, within `workspace`, and
 4·R·H of the accumulator, and 8 bytes per row and tile of 256 columns.
+
+E's rounding to 16 bits, 2⁻⁹ of each element, is the largest error of the gradient, as that of the operand is with the
+separate fold; log-probs have none of it.
 
 `refusal` is the rule of what this serves; the rest goes through the separate fold of `tile_loop`.
 """
@@ -60,9 +63,8 @@ def _refusal(head: Head, unit_gradient: bool, stats: Sequence[str]) -> str:
         return "float16 cannot hold exponentials of any range"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"there is no kernel for {dtype}"
-    if weight.stride(1) != 1 or any(
-        size * weight.itemsize % ROW_ALIGNMENT for size in (weight.stride(0), len(weight[0]))
-    ):
+    bounds = weight.data_ptr(), weight.stride(0) * weight.itemsize, weight.shape[1] * weight.itemsize
+    if weight.stride(1) != 1 or any(each % ROW_ALIGNMENT for each in bounds):
         return (
             f"rows of the weight, {weight.shape[1]} elements with strides {weight.stride()}, do not begin and end at "
             f"multiples of {ROW_ALIGNMENT} bytes"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from fastdpo.ops.head import Head
 from fastdpo.ops.linear_logprob import check_head_tensors
 from fastdpo.ops.targets import check_targets
 from fastdpo.ops.tile_loop import MakeFold
+
+logger = logging.getLogger(__name__)
 
 
 def _scored_rows(targets: Tensor, ignore_index: int | None) -> Tensor | None:
@@ -79,7 +82,19 @@ def triton_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from fastdpo.ops import fused_head
     from fastdpo.ops.fold_triton import TritonFold
 
-    return _forward(TritonFold, *args, fused=lambda *call: not fused_head.refusal(*call))
+    def fused(head: Head, unit_gradient: bool, stats: Sequence[str]) -> bool:
+        reason = fused_head.refusal(head, unit_gradient, stats)
+        if reason:
+            _tell(reason)
+        return not reason
+
+    return _forward(TritonFold, *args, fused=fused)
+
+
+@functools.cache
+def _tell(reason: str) -> None:
+    """Once per reason: the numbers are as good, the time is not."""
+    logger.info("linear_logprob folds tiles of logits in memory, not within the product: %s.", reason)
 
 
 def triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
