@@ -14,6 +14,7 @@ from fastdpo.backends import resolve_backend
 from fastdpo.checks import check_head_options
 from fastdpo.ops.linear_logprob import check_head_tensors
 from fastdpo.ops.selective_logprob import check_logits, check_overwritable
+from fastdpo.ops.targets import check_targets
 from fastdpo.ops.tiles import MIN_WORKSPACE, WORKSPACE
 from fastdpo.preference import preference_loss as preference_loss
 from fastdpo.preference import token_preference_loss as token_preference_loss
@@ -47,7 +48,8 @@ def linear_logprob(
             as that waits for the device: there such a row becomes NaN.
         bias: (V,).
         softcap: bound of the logits, softcap·tanh(·/softcap), as in Gemma 2; None for none.
-        ignore_index: the target of rows to leave out; None if there are none, which saves a GPU a wait for their count.
+        ignore_index: the target of rows to leave out; None if there are none, which saves a GPU's host the one wait of
+            a call, for their count.
         backend: "auto", "torch" or "triton".
         stats: names of further outputs, over the distribution that is scored: "entropy" in nats, "mean_logits" over
             the vocabulary, "is_top1" (bool; the first of equal logits counts), "log_sum_sq_probs" = log Σ_v p_v². They
@@ -66,12 +68,20 @@ def linear_logprob(
     check_head_tensors(hidden, weight, bias, targets)
     if workspace < MIN_WORKSPACE:
         raise ValueError(f"workspace={workspace} bytes is too little; the least is {MIN_WORKSPACE}.")
+    states, own = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    rows = scored_rows(own, len(weight), ignore_index)
+    if rows is not None:
+        ignore_index = None
+        if len(rows) == len(own):
+            rows = None
+        else:
+            states, own = states.index_select(0, rows), own.index_select(0, rows)
     frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
     logps, _, _, values = torch.ops.fastdpo.linear_logprob(
-        hidden.reshape(-1, hidden.shape[-1]),
+        states,
         weight,
         bias,
-        targets.reshape(-1),
+        own,
         ignore_index,
         float(logit_scale),
         float(temperature),
@@ -83,11 +93,30 @@ def linear_logprob(
         workspace,
         resolve_backend(backend, hidden.device, torch.promote_types(hidden.dtype, weight.dtype)),
     )
+    if rows is not None:
+        logps, values = _spread(logps, rows, targets.numel()), _spread(values.t(), rows, targets.numel()).t()
     logps = logps.view(targets.shape)
     if not stats:
         return logps
-    named = dict(zip(stats, values.view(len(stats), *targets.shape).unbind(), strict=True))
+    named = dict(zip(stats, values.reshape(len(stats), *targets.shape).unbind(), strict=True))
     return logps, {name: value.bool() if name == "is_top1" else value for name, value in named.items()}
+
+
+def scored_rows(targets: Tensor, vocab_size: int, ignore_index: int | None) -> Tensor | None:
+    """Positions of the rows that are not ignored, for targets (N,), whose range is checked as `linear_logprob` says.
+
+    On a GPU the host waits for their count: the one wait of a call and its backward. None where nothing may be ignored,
+    and where a tracer is at work, which has no count: the operator leaves the rows out then.
+    """
+    if ignore_index is None or torch.compiler.is_compiling() or type(targets) is not Tensor:
+        return None
+    check_targets(targets, vocab_size, ignore_index)
+    return (targets != ignore_index).nonzero().squeeze(1)
+
+
+def _spread(values: Tensor, rows: Tensor, count: int) -> Tensor:
+    """(R, ...) → (count, ...), 0 in the other rows."""
+    return values.new_zeros(count, *values.shape[1:]).index_copy(0, rows, values)
 
 
 def _gemm_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from fastdpo.checks import check_head_options, check_loss_options
 from fastdpo.dynamic_beta import DynamicBeta
-from fastdpo.functional import linear_logprob
+from fastdpo.functional import linear_logprob, scored_rows
 from fastdpo.losses import LossTerm
 from fastdpo.ops.linear_logprob import check_head_tensors
-from fastdpo.ops.targets import check_targets
 from fastdpo.preference import Reduction, preference_loss
 from fastdpo.reference import BetaPlan, completion_weights
 
@@ -200,16 +199,14 @@ def linear_preference_loss(
     if hidden.dim() != 3 or hidden.shape[0] % 2:
         raise ValueError(f"hidden has shape {tuple(hidden.shape)}; pass (2B, T, H), chosen first, then rejected.")
     check_head_tensors(hidden, weight, bias, targets)
-    check_targets(targets, len(weight), ignore_index)
     reference = _Reference(ref_hidden, ref_weight, ref_bias, ref_logps)
     reference.check_presence(terms)
     reference = reference.with_head_of(weight, bias)
     reference.check_tensors(targets)
     head = _HeadOptions(temperature, logit_scale, softcap, ignore_index, backend)
     scored = torch.ones_like(targets, dtype=torch.bool) if ignore_index is None else targets != ignore_index
-    # On a GPU this waits for their count, once for policy and reference; a compiled graph leaves it to the operator
-    known = ignore_index is not None and not torch.compiler.is_compiling()
-    rows = scored.flatten().nonzero().squeeze(1) if known else None
+    # Once for policy and reference, as a GPU's host waits for their count
+    rows = scored_rows(targets.flatten(), len(weight), ignore_index)
     lengths = scored.sum(1)  # (2B,)
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
     weights = _token_weights(scored, lengths, ld_alpha, average_log_prob, dtype)

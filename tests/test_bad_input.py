@@ -67,6 +67,8 @@ OPTIONS = {
         "gradient_checkpointing='some' is unknown; accepted are auto, true, false",
     ),
     "memory limit": ({"memory_limit": "12 apples"}, "memory_limit='12 apples': a size such as 12GB or 8GiB."),
+    "head workspace": ({"head_workspace": "1KB"}, "head_workspace='1KB': at least 64KiB, such as 256MiB."),
+    "no size": ({"head_workspace": "some"}, "head_workspace='some': a size such as 12GB or 8GiB."),
     "router loss": ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef=0.1"),
     "lomo": ({"optim": "lomo"}, "optim='lomo'"),
     "order that resume cannot repeat": (

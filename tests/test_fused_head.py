@@ -122,6 +122,22 @@ def test_ragged_shapes_with_every_option(dtype: torch.dtype, options: dict[str, 
     assert_three_way(problem(37, 48, 203, dtype), dtype, **options)
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_references_in_float16(options: dict[str, Any]) -> None:
+    """Fused where no exponentials are written; plain torch rounds its logits to 16 bits, and is far off."""
+    data = problem(37, 48, 203, torch.float16)
+    bias = data["bias"] if options.get("biased") else None
+    scales = {name: value for name, value in options.items() if name != "biased"}
+    with torch.no_grad():
+        found = fastdpo.linear_logprob(
+            data["hidden"], data["weight"], data["targets"], bias=bias, backend="triton", **scales
+        )
+    truth = exact(data, **options)[0]
+    error = (found - truth).abs().max()
+    assert error <= 1e-6 * truth.abs().max()
+    assert (plain(data, **options)[0] - truth).abs().max() > 20 * error
+
+
 @pytest.mark.parametrize(
     ("rows", "hidden", "vocab", "dtype"),
     [(1, 8, 1, torch.bfloat16), (1, 8, 33, torch.float32), (16, 16, 32, torch.bfloat16), (33, 8, 97, torch.float32)],
@@ -255,7 +271,8 @@ def test_ignored_rows_reach_no_product(dtype: torch.dtype) -> None:
 
 def test_targets_outside_the_vocabulary_become_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where nothing checks them: at 2**40 rows away any read would end the process."""
-    monkeypatch.setattr("fastdpo.ops.linear_logprob_backends.check_targets", lambda *_: None)
+    for module in ("fastdpo.functional", "fastdpo.ops.linear_logprob_backends"):
+        monkeypatch.setattr(f"{module}.check_targets", lambda *_: None)
     data = problem(6, 16, 50, torch.float32)
     truth = exact(data)
     bad = torch.tensor([True, False, True, True, False, True])
@@ -286,17 +303,19 @@ def test_chunks_change_nothing_but_the_order_of_the_gradient_s_sum() -> None:
 
 
 def test_parts_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """35 rows at most 16 at a time are 12 + 12 + 11; tiles hold other rows then, so it is not bitwise."""
+    """35 rows at most 32 at a time are 32 + 3, as parts begin at multiples of 16. Tiles hold other rows then, so it is
+    not bitwise."""
     data = problem(35, 16, 90, torch.float32)
     whole = ours(data)
-    monkeypatch.setattr("fastdpo.ops.tiles.FUSED_ROWS", 16)
-    monkeypatch.setattr("fastdpo.ops.tiles.FUSED_ROWS_WITHOUT_GRADIENT", 16)
-    assert plan_fused(35, 90, 4, WORKSPACE, unit_gradient=True).rows == 12
+    monkeypatch.setattr("fastdpo.ops.tiles.FUSED_ROWS", 32)
+    monkeypatch.setattr("fastdpo.ops.tiles.FUSED_ROWS_WITHOUT_GRADIENT", 32)
+    assert plan_fused(35, 90, 4, WORKSPACE, unit_gradient=True).rows == 32
     for found, expected in zip(ours(data), whole, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_every_run_gives_the_same_bits() -> None:
+    """Whatever lay in memory before. That no order of programs changes them, only a card can show."""
     data = problem(40, 24, 300, torch.bfloat16, spread=20.0)
     first, second = ours(data), ours(data)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -416,7 +435,7 @@ def test_one_allocation_within_the_plan(monkeypatch: pytest.MonkeyPatch) -> None
     assert min(tile.columns for tile in TILES.values()) >= 128
 
 
-def test_tiles_by_capability(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tiles_by_capability() -> None:
     assert head_tiles.listed((90, "plain")) == TILES[90, "plain"]
     assert head_tiles.listed((87, "adjusted")) == TILES[86, "adjusted"]
     assert head_tiles.listed((103, "tf32")) == TILES[100, "tf32"]
@@ -453,8 +472,12 @@ def test_a_search_prints_the_line_for_the_table(
     count = len(tried)
     assert head_tiles.tile_for(card, "plain", run) == wanted
     assert len(tried) == count
+    assert head_tiles.tile_for(card, "adjusted", None) == TILES[90, "adjusted"]  # too few rows to search on
     monkeypatch.setenv("FASTDPO_TUNE_HEAD", "0")
     assert head_tiles.tile_for(card, "plain", run) == TILES[90, "plain"]
+    monkeypatch.setenv("FASTDPO_TUNE_HEAD", "yes")
+    with pytest.raises(ValueError, match=r"FASTDPO_TUNE_HEAD='yes' is unknown; accepted are 1, 0, or nothing"):
+        head_tiles.tile_for(card, "plain", run)
 
 
 def test_what_a_search_runs_is_a_product() -> None:
@@ -469,6 +492,7 @@ def test_what_a_search_runs_is_a_product() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(head_gemm, "tile_for", tile_for)
+        patch.setattr(head_gemm, "_SEARCHED_ROWS", 5)
         head_gemm.fused_tile(data["hidden"], data["weight"])
         head_gemm.fused_tile(data["hidden"], data["weight"], data["bias"])
         head_gemm.fused_tile(data["hidden"], data["weight"], None, LogitScales(softcap=3.0))
@@ -487,7 +511,7 @@ def test_what_a_search_runs_is_a_product() -> None:
         (
             {"hidden": torch.zeros(4, 9).bfloat16(), "weight": torch.zeros(40, 9).bfloat16()},
             ValueError,
-            "hidden has 9 columns; a multiple of 8",
+            "hidden has columns of 9; a multiple of 8",
         ),
         ({"bias": torch.zeros(39)}, ValueError, r"bias has shape \(39,\)"),
         ({"exps": torch.zeros(4, 40).bfloat16()}, ValueError, "exps and reference go together"),

@@ -6,11 +6,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parent.parent))
 
 from benchmarks import gpu_static, launches
 from benchmarks.cases import HeadCase
@@ -40,6 +39,14 @@ def test_budgets() -> None:
         assert each["ratio"] <= bound
     assert found["H100", 4096, 896, 151936]["launches"] == 2 * 5 + 6
     assert found["RTX 4090", 8192, 2048, 128256]["launches"] == 2 * 8 + 6
+
+
+def test_launches_do_not_grow_with_rows() -> None:
+    """By hand, with one chunk: target logits, product, merge, rescue, and two grids of the reference; E W; the scaling.
+    The casts are those by which a CPU multiplies E and its slice of the weight."""
+    expected = launches.Counts(grids=6, products=1, others=1, allocations=10, casts=2)
+    with mock.patch("fastdpo.ops.linear_logprob.SCALE_ROWS", 16):
+        assert launches.count_head(1) == expected
 
 
 def test_model_by_hand() -> None:

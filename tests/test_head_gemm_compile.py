@@ -123,6 +123,8 @@ def test_products_stay_within_their_budgets(
     assert code["shared"] >= (tile.stages - 1) * stage, code
     blocks = resident_blocks(code["registers"], tile.warps, code["shared"], architecture)
     assert blocks == RESIDENT[architecture] if variant == "plain" else blocks >= 1, (blocks, code)
+    # E leaves in whole vectors
+    assert (code["wide_stores"] > 0) == (way == "policy"), code
     # 16 bytes per thread and copy; the first stages are filled before the loop, which copies one more in each turn
     copies = stage // (16 * 32 * tile.warps)
     assert code["LDGSTS"] >= tile.stages * copies, code

@@ -162,9 +162,9 @@ SPECS = {
     ),
     "rescue": Spec(
         "head_merge:_rescue_kernel",
-        {"CAPPED": True, "TOKENS": 32, "BLOCK": 256, "bias_ptr": None},
+        {"CAPPED": True, "TOKENS": 32, "BLOCK": 1024, "bias_ptr": None},
         {**HEAD_TYPES, "hidden_ptr": "*bf16", "gradient_ptr": "*bf16", "flags_ptr": "*i32"},
-        warps=8,
+        warps=16,
         wide_loads=8,
         shared=16 * 1024,
     ),

@@ -24,7 +24,16 @@ from transformers import PretrainedConfig, PreTrainedModel
 from fastdpo.estimate.skeleton import Skeleton, has_equal_layers, plain_head, with_layers
 from fastdpo.estimate.tracking import LiveBytes, workspaces
 from fastdpo.functional import linear_logprob
-from fastdpo.ops.tiles import MAX_CACHE, MAX_COLUMNS, MAX_ROWS, TILE_SHARE, WORKSPACE, plan_fused, plan_gpu_tiles
+from fastdpo.ops.tiles import (
+    GPU_COLUMNS,
+    MAX_CACHE,
+    MAX_COLUMNS,
+    MAX_ROWS,
+    TILE_SHARE,
+    WORKSPACE,
+    plan_fused,
+    plan_gpu_tiles,
+)
 from fastdpo.training.attention import Segment, Segments, segments_active
 from fastdpo.training.config import ModelConfig
 from fastdpo.training.head import Head
@@ -151,7 +160,11 @@ class ActivationModel:
 def count_live(model: PreTrainedModel, row: Row, *, workspace: int = WORKSPACE, **options: Any) -> Live:
     """Bytes alive while one micro-batch is trained on, and while it is only scored. `options`: as `micro_batch`'s."""
     head = head_workspace_of(on_gpu=options.get("flash", False), workspace=workspace)
-    counted = {**workspaces(), torch.ops.fastdpo.linear_logprob.default: head}
+    counted: dict[Any, Callable[..., int]] = {
+        **workspaces(),
+        torch.ops.fastdpo.linear_logprob.default: head,
+        torch.ops.fastdpo.linear_logprob_backward.default: partial(trained_head_workspace, head),
+    }
     with micro_batch(model, row, **options) as forward:
         with LiveBytes(counted) as scoring, torch.no_grad():
             forward()
@@ -289,7 +302,7 @@ class ConfigCounter:
         return self._lines[shape]
 
 
-def head_workspace(hidden: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> int:
+def cpu_head_workspace(hidden: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> int:
     """What `linear_logprob` takes within itself on a CPU: the tile, its copy as the GEMM's operand where the dtype is
     another one, and the rows at work. The tile's size is the planner's upper bound, as the cache is not known."""
     item, rows = weight.element_size(), min(len(hidden), MAX_ROWS)
@@ -313,9 +326,17 @@ def gpu_head_workspace(hidden: Tensor, weight: Tensor, bias: Tensor | None, *opt
     return plan.bytes(vocab, width, item, unit_gradient=unit_gradient)
 
 
+def trained_head_workspace(
+    head: Callable[..., int], grad: Tensor, lse: Tensor, logps: Tensor, hidden: Tensor, weight: Tensor, *options: Any
+) -> int:
+    """A trained head's backward: no more than a forward's workspace for its tiles, and the float32 sums of the hidden
+    states' gradient and of one slice of the weight's."""
+    return head(hidden, weight, None) + 4 * (hidden.numel() + min(GPU_COLUMNS, len(weight)) * weight.shape[1])
+
+
 def head_workspace_of(*, on_gpu: bool, workspace: int) -> Callable[..., int]:
     """The function of the two above that serves a device."""
-    return partial(gpu_head_workspace, workspace=workspace) if on_gpu else head_workspace
+    return partial(gpu_head_workspace, workspace=workspace) if on_gpu else cpu_head_workspace
 
 
 def _autocast(dtype: torch.dtype | None) -> AbstractContextManager[Any]:

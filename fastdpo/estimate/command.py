@@ -18,10 +18,9 @@ from fastdpo.estimate.architectures import find_config, known_architectures, sto
 from fastdpo.estimate.devices import GPUS, Device, measured_cpu
 from fastdpo.estimate.memory import MemoryEstimator, Part, Run, Surroundings
 from fastdpo.estimate.timing import KINDS, StepTimes, optimizer_seconds, time_micro_batch
-from fastdpo.ops.tiles import MIN_WORKSPACE
 from fastdpo.options import make_parser, parse
 from fastdpo.training.config import DEFAULT_MICRO_BATCH_TOKENS, ModelConfig, check_fields
-from fastdpo.training.option_checks import bytes_of
+from fastdpo.training.option_checks import head_workspace_bytes
 
 _DESCRIPTION = """Predict the peak memory of a training run, part by part, the time split of a step, and the largest
 micro-batch and pair that a card holds. Reads a configuration, no weights; needs no GPU.
@@ -100,8 +99,9 @@ class EstimateConfig:
                 "activation_offloading=True moves what checkpointed layers keep, but gradient_checkpointing='false'. "
                 "Leave that at auto, or drop the offloading."
             )
-        if bytes_of("head_workspace", self.head_workspace) < MIN_WORKSPACE:
-            raise ValueError(f"head_workspace={self.head_workspace!r}: at least 64KiB, such as 256MiB.")
+        head_workspace_bytes(self.head_workspace)
+        if self.on_cpu and self.head_workspace != type(self).head_workspace:
+            raise ValueError(f"head_workspace={self.head_workspace!r} has no effect with device='cpu'; drop it.")
         if self.on_cpu and self.activation_offloading:
             raise ValueError("activation_offloading=True needs a GPU; on a CPU there is nowhere to move to.")
         if self.on_cpu and self.gpu_memory:
@@ -183,7 +183,7 @@ class Estimate:
                 torch.bfloat16 if bf16 else None,
                 flash=on_gpu,
                 checkpointing=checkpointing,
-                workspace=bytes_of("head_workspace", self.config.head_workspace),
+                workspace=head_workspace_bytes(self.config.head_workspace),
             )
             self._estimators[checkpointing] = MemoryEstimator(self.architecture, training, self.surroundings)
         return self._estimators[checkpointing]

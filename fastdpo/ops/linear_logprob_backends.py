@@ -94,7 +94,7 @@ def triton_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @functools.cache
 def _tell(reason: str) -> None:
     """Once per reason: the numbers are as good, the time is not."""
-    logger.info("linear_logprob folds tiles of logits in memory, not within the product: %s.", reason)
+    logger.warning("linear_logprob folds tiles of logits in memory, not within the product: %s.", reason)
 
 
 def triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:

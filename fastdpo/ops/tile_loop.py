@@ -147,12 +147,13 @@ def backward(
     grad_weight = weight.new_empty(weight.shape if of_weight else 0)
     grad_bias = weight.new_empty(0) if bias is None or not of_bias else bias.new_empty(bias.shape)
     tiles = _Tiles(head, len(targets), workspace)
-    folds = [(chunk, make_fold(head, targets[chunk], ())) for chunk in _chunks(None, len(targets), tiles.plan.rows)]
+    chunks = list(_chunks(None, len(targets), tiles.plan.rows))
     for first, part in head.slices(tiles.plan):
         columns = slice(first, first + len(part))
         of_part = lse.new_empty(part.shape if of_weight else 0)
         of_columns: Tensor | None = None
-        for i, (chunk, fold) in enumerate(folds):
+        for i, chunk in enumerate(chunks):
+            fold = make_fold(head, targets[chunk], ())
             raw = tiles.raw(inputs[chunk], part)
             logit_gradient = fold.logit_gradient(raw, first, lse[chunk], logps[chunk], grad[chunk])
             if of_hidden:

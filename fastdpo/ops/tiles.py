@@ -38,12 +38,14 @@ MAX_COLUMNS = 2048
 COLUMN_STEP = 256
 #: On a GPU: rows by capability, where the fastest GEMMs want more of them to hide a launch, and columns that a Triton
 #: program holds in registers. Estimated from launches, never timed on a card.
-GPU_ROWS, GPU_ROWS_OLDER, GPU_COLUMNS, GPU_LARGE = 8192, 4096, 8192, ((9, 0), (10, 0))
+GPU_ROWS, GPU_ROWS_OLDER, GPU_COLUMNS, GPU_LARGE = 8192, 4096, 8192, ((9, 0), (12, 0))
 #: Bytes that a call may take for a tile, or for E: by default, and at least.
 WORKSPACE, MIN_WORKSPACE = 256 * 2**20, 64 * 2**10
 #: Rows of a fused product: with the gradient, where more would make chunks of E narrow; without, where only partial
 #: sums grow with them.
 FUSED_ROWS, FUSED_ROWS_WITHOUT_GRADIENT = 8192, 32768
+#: Rows whose int32 or float32 take a multiple of 16 bytes, and those of any other type too.
+ROW_STEP = 16
 #: Columns of the narrowest tile in the table of fused products, for an upper bound of their partial sums.
 NARROWEST_TILE = 128
 
@@ -104,7 +106,7 @@ def plan_tiles(
             raise ValueError(f"{ENVIRONMENT}={text!r} must be rows x columns, as in 1024x2048.")
         return TilePlan(min(int(match[1]), max(rows, 1)), min(int(match[2]), vocab_size))
     if device is not None and device.type == "cuda":
-        newer = torch.cuda.get_device_capability(device) in GPU_LARGE
+        newer = GPU_LARGE[0] <= torch.cuda.get_device_capability(device) < GPU_LARGE[1]
         return plan_gpu_tiles(rows, vocab_size, newer=newer, itemsize=itemsize, workspace=workspace)
     cache = min(max(_cache_bytes(), MIN_CACHE), MAX_CACHE)
     tile_rows = balanced(rows, MAX_ROWS)
@@ -126,8 +128,8 @@ def plan_fused(rows: int, vocab_size: int, itemsize: int, workspace: int, *, uni
     It depends on nothing but its arguments, so that a resumed run adds up in the same order.
     """
     if not unit_gradient:
-        return FusedPlan(balanced(rows, FUSED_ROWS_WITHOUT_GRADIENT), vocab_size)
-    part = balanced(rows, max(1, min(FUSED_ROWS, workspace // (COLUMN_STEP * itemsize))))
+        return FusedPlan(_aligned(rows, FUSED_ROWS_WITHOUT_GRADIENT), vocab_size)
+    part = _aligned(rows, max(1, min(FUSED_ROWS, workspace // (COLUMN_STEP * itemsize))))
     widest = min(_whole_steps(workspace / (part * itemsize)), -(-vocab_size // COLUMN_STEP) * COLUMN_STEP)
     chunks = -(-vocab_size // widest)
     return FusedPlan(part, -(-vocab_size // (chunks * COLUMN_STEP)) * COLUMN_STEP)
@@ -137,6 +139,12 @@ def balanced(rows: int, most: int) -> int:
     """The size of equal parts of at most `most` rows; the last one may be smaller."""
     rows = max(rows, 1)
     return -(-rows // -(-rows // most))
+
+
+def _aligned(rows: int, most: int) -> int:
+    """`balanced`, but parts begin at multiples of ROW_STEP: elsewhere Triton would compile every kernel once more."""
+    part = balanced(rows, most)
+    return part if part >= rows else min(-(-part // ROW_STEP) * ROW_STEP, most)
 
 
 def _whole_steps(columns: float) -> int:

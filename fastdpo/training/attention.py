@@ -173,6 +173,7 @@ def _has_flash(query: Tensor) -> bool:
         query.is_cuda
         and query.dtype in (torch.float16, torch.bfloat16)
         and query.shape[-1] <= 256
+        and query.shape[-1] % 8 == 0
         and torch.cuda.get_device_capability(query.device) >= _FLASH_CAPABILITY
     )
 

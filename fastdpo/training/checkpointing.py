@@ -39,7 +39,7 @@ _FIXED_OPTIONS = (
     "beta", "loss_type", "loss_weights", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef",
     "discopop_tau", "simpo_gamma", "cpo_alpha", "ld_alpha", "use_weighting", "dynamic_beta", "beta_alpha",
     "beta_momentum", "keep_ratio", "min_beta", "beta_scope", "beta_variant", "max_length", "max_prompt_length",
-    "seed", "data_seed", "train_sampling_strategy", "deterministic_attention", "head_workspace",
+    "seed", "data_seed", "train_sampling_strategy", "deterministic_attention", "head_workspace_bytes",
 )  # fmt: skip
 DYNAMIC_BETA_FILE = "dynamic_beta.safetensors"
 TRAINER_STATE_FILE = "trainer_state.json"

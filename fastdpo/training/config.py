@@ -11,9 +11,14 @@ from transformers import TrainingArguments
 from fastdpo.checks import check_loss_options
 from fastdpo.dynamic_beta import DynamicBeta
 from fastdpo.losses import LOSSES
-from fastdpo.ops.tiles import MIN_WORKSPACE
 from fastdpo.training.model_config import DataConfig, ModelConfig
-from fastdpo.training.option_checks import automatic_optimizer, bytes_of, check_conditions, check_fields
+from fastdpo.training.option_checks import (
+    automatic_optimizer,
+    bytes_of,
+    check_conditions,
+    check_fields,
+    head_workspace_bytes,
+)
 from fastdpo.version import __version__
 
 __all__ = ["DataConfig", "FastDPOConfig", "ModelConfig"]
@@ -349,8 +354,7 @@ class FastDPOConfig(TrainingArguments):
                 raise ValueError(f"micro_batch_tokens={self.micro_batch_tokens!r}: 'auto' or a number of at least 1.")
 
     def _check_memory(self) -> None:
-        if bytes_of("head_workspace", self.head_workspace) < MIN_WORKSPACE:
-            raise ValueError(f"head_workspace={self.head_workspace!r}: at least 64KiB, such as 256MiB.")
+        head_workspace_bytes(self.head_workspace)
         if self.memory_limit is not None:
             limit = bytes_of("memory_limit", self.memory_limit)
             if self.micro_batch_tokens != "auto":
@@ -379,7 +383,7 @@ class FastDPOConfig(TrainingArguments):
     @property
     def head_workspace_bytes(self) -> int:
         """`head_workspace` in bytes."""
-        return bytes_of("head_workspace", self.head_workspace)
+        return head_workspace_bytes(self.head_workspace)
 
     @property
     def train_token_budget(self) -> int:

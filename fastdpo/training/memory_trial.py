@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import torch
 
-from fastdpo.estimate.activations import Line, head_workspace
+from fastdpo.estimate.activations import Line, cpu_head_workspace
 from fastdpo.estimate.memory import HEAP_SHARE
 from fastdpo.estimate.tracking import LiveBytes, workspaces
 from fastdpo.host_memory import map_large_blocks
@@ -170,7 +170,7 @@ class MemoryTrialMixin(ScoringMixin):
         batch = TokenBatch(self.data_collator([longest] * count), self.args.device)
         tokens = sum(self.layouts.tokens(batch))
         (micro,) = self.cut(batch, tokens, range(count))
-        counted = {**workspaces(), torch.ops.fastdpo.linear_logprob.default: head_workspace}
+        counted = {**workspaces(), torch.ops.fastdpo.linear_logprob.default: cpu_head_workspace}
         with LiveBytes(counted) as scoring, torch.no_grad():
             self.forward_tokens(self.policy(), micro)
         with LiveBytes(counted) as training:

@@ -10,6 +10,8 @@ from typing import Any
 
 from accelerate.utils.modeling import convert_file_size_to_int
 
+from fastdpo.ops.tiles import MIN_WORKSPACE
+
 logger = logging.getLogger(__name__)
 
 
@@ -39,6 +41,13 @@ def check_conditions(config: Any, met: set[str], conditions: tuple[tuple[tuple[s
             default = field_.default_factory() if callable(field_.default_factory) else field_.default
             if getattr(config, name) != default and not met & {name, condition}:
                 raise ValueError(f"{name}={getattr(config, name)!r} has no effect here: {advice}")
+
+
+def head_workspace_bytes(size: str) -> int:
+    """The option `head_workspace` in bytes. Raises ValueError for what is no size, or too little."""
+    if (found := bytes_of("head_workspace", size)) < MIN_WORKSPACE:
+        raise ValueError(f"head_workspace={size!r}: at least 64KiB, such as 256MiB.")
+    return found
 
 
 def bytes_of(name: str, size: str) -> int:

@@ -158,7 +158,7 @@ class ScoringMixin(ShardedMixin):
         missing = self.recall_reference(batch, scores)
         if self.most(bool(missing)) and not self.most(not self.reference.equals_policy()):
             self.score(batch, scores, policy=everything)
-            (at,) = to_device([torch.tensor(missing)], batch.device)
+            (at,) = to_device([torch.tensor(missing, dtype=torch.int64)], batch.device)
             scores.ref_chosen_logps[at] = scores.chosen_logps[at]
             scores.ref_rejected_logps[at] = scores.rejected_logps[at]
         else:

@@ -32,8 +32,8 @@ from fastdpo_kernels.launch_checks import check_bias, check_rows, check_tile
 #: times a weight, within float32.
 LIFT_LIMIT = 92.0
 LOG_2 = math.log(2.0)
-#: Columns that a search of tiles runs over.
-_SEARCHED_COLUMNS = 32768
+#: Columns that a search of tiles runs over; rows from which on it is one, and at most.
+_SEARCHED_COLUMNS, _SEARCHED_ROWS, _SEARCHED_MOST_ROWS = 32768, 1024, 8192
 
 
 class LogitScales(NamedTuple):
@@ -77,8 +77,9 @@ PLAIN = LogitScales()
 # Kernels
 
 
-# Sizes that change from call to call: one compiled kernel serves them all
-@triton.jit(do_not_specialize=["rows", "columns", "hidden_units"])
+# Sizes that change from call to call: one compiled kernel serves them all. Not `columns`, whose multiples of 16 let E
+# leave in whole vectors
+@triton.jit(do_not_specialize=["rows", "hidden_units"])
 def _head_gemm_kernel(
     hidden_ptr: tl.tensor,
     weight_ptr: tl.tensor,
@@ -94,8 +95,8 @@ def _head_gemm_kernel(
     hidden_units: tl.tensor,
     first_column: tl.tensor,
     columns: tl.tensor,
-    stride_hidden: tl.tensor,
-    stride_weight: tl.tensor,
+    stride_hidden_units: tl.tensor,
+    stride_weight_units: tl.tensor,
     stride_exps: tl.tensor,
     in_scale: tl.tensor,
     out_scale: tl.tensor,
@@ -119,6 +120,9 @@ def _head_gemm_kernel(
     pid_m = group * GROUP_M + in_group % height
     pid_n = in_group // height
 
+    # Hidden sizes and strides come in units of 16 bytes: what begins and ends where is known, and copies stay whole
+    hidden = hidden_units * UNIT
+    stride_hidden, stride_weight = stride_hidden_units * UNIT, stride_weight_units * UNIT
     # Offsets within a tile are 32-bit, from a 64-bit base. Rows and columns beyond the end read the last one, so that
     # no load of the loop needs a mask for them
     first_row, first = pid_m * BLOCK_M, pid_n * BLOCK_N
@@ -128,8 +132,6 @@ def _head_gemm_kernel(
     a_ptrs = hidden_ptr + first_row.to(tl.int64) * stride_hidden + (a_row[:, None] * stride_hidden + k[None, :])
     b_base = weight_ptr + (first_column + first).to(tl.int64) * stride_weight
     b_ptrs = b_base + (b_row[None, :] * stride_weight + k[:, None])
-    # In units of 16 bytes, so that a mask's end is known to be aligned and copies stay whole
-    hidden = hidden_units * UNIT
     x = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, hidden, BLOCK_K):
         if EVEN_K:
@@ -169,7 +171,7 @@ def _head_gemm_kernel(
     tl.store(sums_ptr + partial, tl.sum(exps, axis=1), mask=inside_row)
     if exps_ptr is not None:
         # E = 2^(z − t)·2^(t − m̂)·(1 − tanh²)
-        lift = centre - tl.load(estimate_ptr + row, mask=inside_row, other=0.0)
+        lift = top - tl.load(estimate_ptr + row, mask=inside_row, other=0.0)
         tl.store(flags_ptr + row, tl.full((BLOCK_M,), 1, tl.int32), mask=inside_row & (lift > lift_limit))
         exps = exps * tl.exp2(lift)[:, None]
         if CAPPED:  # x is the tanh: its own derivative would be 64 more numbers alive, and spill
@@ -229,18 +231,20 @@ def fused_tile(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, scale
     """The tile of `head_gemm` for these operands, from the table or by a search over the first columns of `weight`."""
 
     def run(tile: Tile) -> None:
-        rows, columns = len(hidden), min(len(weight), _SEARCHED_COLUMNS)
+        states = hidden[:_SEARCHED_MOST_ROWS]
+        rows, columns = len(states), min(len(weight), _SEARCHED_COLUMNS)
         sums = hidden.new_empty(2, -(-columns // tile.columns), rows, dtype=torch.float32)
         partials = Partials(sums[0], sums[1], hidden.new_empty(rows, dtype=torch.float32))
         reference = Reference(hidden.new_zeros(rows, dtype=torch.float32), hidden.new_zeros(rows, dtype=torch.int32))
         targets = torch.zeros(rows, dtype=torch.int64, device=hidden.device)
         head_gemm(
-            hidden, weight, bias, targets, partials, tile,
+            states, weight, bias, targets, partials, tile,
             columns=columns, exps=hidden.new_empty(rows, columns), reference=reference, scales=scales,
         )  # fmt: skip
 
     adjusted = bias is not None or scales.softcap is not None
-    return tile_for(hidden.device, variant(hidden.dtype, adjusted=adjusted), run)
+    searched = run if len(hidden) >= _SEARCHED_ROWS else None
+    return tile_for(hidden.device, variant(hidden.dtype, adjusted=adjusted), searched)
 
 
 def target_logits(
@@ -311,8 +315,13 @@ def head_gemm(
     if rows == 0 or columns == 0:
         return
     unit = 16 // hidden.itemsize
-    if hidden.shape[1] % unit:
-        raise ValueError(f"hidden has {hidden.shape[1]} columns; a multiple of {unit}, 16 bytes, is needed.")
+    for name, size in (
+        ("hidden has columns", hidden.shape[1]),
+        ("hidden has a row stride", hidden.stride(0)),
+        ("weight has a row stride", weight.stride(0)),
+    ):
+        if size % unit:
+            raise ValueError(f"{name} of {size}; a multiple of {unit}, 16 bytes, is needed.")
     tiles = -(-columns // tile.columns)
     if first_column % tile.columns or partials.tops.shape[0] < first_column // tile.columns + tiles:
         raise ValueError(
@@ -323,7 +332,7 @@ def head_gemm(
     _head_gemm_kernel[(triton.cdiv(rows, tile.rows) * tiles,)](
         hidden, weight, bias, targets, estimate, *partials, exps, flags,
         rows, hidden.shape[1] // unit, first_column, columns,
-        hidden.stride(0), weight.stride(0), 0 if exps is None else exps.stride(0),
+        hidden.stride(0) // unit, weight.stride(0) // unit, 0 if exps is None else exps.stride(0),
         *scales.arguments(LOG_2), LIFT_LIMIT,
         CAPPED=scales.softcap is not None,
         PRECISION="tf32" if hidden.dtype == torch.float32 else "ieee",

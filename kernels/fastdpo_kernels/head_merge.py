@@ -28,7 +28,7 @@ _ROWS = 8
 #: Tiles that are merged at a time, and elements of a row that are finished at a time.
 _TILES, _BLOCK = 64, 512
 #: Tokens and hidden units of a flagged row's products.
-_RESCUE_TOKENS, _RESCUE_BLOCK = 32, 256
+_RESCUE_TOKENS, _RESCUE_BLOCK = 32, 1024
 
 # Kernels
 
@@ -246,7 +246,7 @@ def rescue_(
         flags, hidden, weight, bias, targets, target_raw, lse, accumulator, gradient,
         len(weight), hidden.shape[1], hidden.stride(0), weight.stride(0), accumulator.stride(0), gradient.stride(0),
         *scales.arguments(), scales.slope,
-        CAPPED=scales.softcap is not None, TOKENS=_RESCUE_TOKENS, BLOCK=_RESCUE_BLOCK, num_warps=8,
+        CAPPED=scales.softcap is not None, TOKENS=_RESCUE_TOKENS, BLOCK=_RESCUE_BLOCK, num_warps=16,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ A tile is chosen by the card's capability and by what the epilogue must hold bes
     tf32       float32 operands, which a caller has allowed to be rounded to TF32
 Every entry compiles without a spill, and leaves room for the stated CTAs per SM (tests/test_head_gemm_compile.py). None
 was ever timed on a card. `FASTDPO_TUNE_HEAD=1` times the candidates on the first product of each variant, prints the
-line that belongs into TILES, and takes it for the rest of the process.
+line that belongs into TILES, and takes it for the rest of the process: runs are bitwise equal only with the same tiles.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 import torch
 import triton
-from triton.runtime.errors import OutOfResources
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 
 #: Set to 1, the tiles are searched.
 ENVIRONMENT = "FASTDPO_TUNE_HEAD"
@@ -77,17 +78,18 @@ def variant(dtype: torch.dtype, *, adjusted: bool) -> str:
     return "tf32" if dtype == torch.float32 else "adjusted" if adjusted else "plain"
 
 
-def tile_for(device: torch.device, kind: str, run: Callable[[Tile], None]) -> Tile:
-    """The tile for a card and a variant. `run` launches the product with a tile, for a search."""
+def tile_for(device: torch.device, kind: str, run: Callable[[Tile], None] | None) -> Tile:
+    """The tile for a card and a variant. `run` launches the product with a tile, for a search; None: no search here."""
     if device.type != "cuda":
         return INTERPRETED
     major, minor = torch.cuda.get_device_capability(device)
     key = (10 * major + minor, kind)
-    if os.environ.get(ENVIRONMENT) != "1":
-        return listed(key)
-    if key not in _found:
+    choice = os.environ.get(ENVIRONMENT, "")
+    if choice not in ("", "0", "1"):
+        raise ValueError(f"{ENVIRONMENT}={choice!r} is unknown; accepted are 1, 0, or nothing.")
+    if choice == "1" and key not in _found and run is not None:
         _found[key] = search(key, run, _milliseconds)
-    return _found[key]
+    return _found.get(key, listed(key)) if choice == "1" else listed(key)
 
 
 def listed(key: tuple[int, str]) -> Tile:
@@ -103,14 +105,15 @@ def search(
 ) -> Tile:
     """The fastest of the candidates and of the table's entry; prints the line for the table.
 
-    Candidates that need more shared memory than the card has are left out. `milliseconds` times a function.
+    Candidates that need more shared memory than the card has, or do not compile, are left out by name. `milliseconds`
+    times a function.
     """
     times: dict[Tile, float] = {}
     for tile in dict.fromkeys((listed(key), *CANDIDATES)):
         try:
             times[tile] = milliseconds(lambda tile=tile: run(tile))  # type: ignore[misc]
-        except OutOfResources:
-            continue
+        except (OutOfResources, CompilationError, PTXASError) as error:
+            print(f"    {tile} is left out: {str(error).splitlines()[0]}", file=sys.stderr)
     best = min(times, key=times.__getitem__)
     numbers = f"{best.rows}, {best.columns}, {best.depth}, {best.warps}, {best.stages}"
     group = "" if best.group == Tile.group else f", {best.group}"
