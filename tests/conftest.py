@@ -16,8 +16,6 @@ from typing import Any
 import pytest
 
 DEVICE = os.environ.get("FASTDPO_TEST_DEVICE", "cpu")
-#: Exit status where a card was asked for and there is none, as that of `python -m benchmarks.gpu`.
-NO_CARD = 3
 #: How many tests belong to the other device.
 _DROPPED = pytest.StashKey[int]()
 
@@ -44,6 +42,8 @@ def pytest_configure() -> None:
         raise pytest.UsageError(f"FASTDPO_TEST_DEVICE={DEVICE!r}: cpu or cuda.")
     if DEVICE == "cuda":
         import torch
+
+        from benchmarks.gpu import NO_CARD  # the status of `python -m benchmarks.gpu`
 
         if not torch.cuda.is_available():
             pytest.exit(

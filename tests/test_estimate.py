@@ -18,14 +18,22 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from fastdpo.cli import main
-from fastdpo.estimate.activations import ConfigCounter, PairShape, Row, Training, count_live, micro_batch
+from fastdpo.estimate.activations import (
+    ConfigCounter,
+    PairShape,
+    Row,
+    Training,
+    count_live,
+    gpu_head_workspace,
+    micro_batch,
+)
 from fastdpo.estimate.architectures import find_config, known_architectures
 from fastdpo.estimate.command import Estimate, EstimateConfig
 from fastdpo.estimate.devices import GPUS
 from fastdpo.estimate.memory import MemoryEstimator, Run, Surroundings
 from fastdpo.estimate.skeleton import Skeleton, is_4bit, quantization_constants, resident_bytes
 from fastdpo.estimate.timing import time_micro_batch
-from fastdpo.estimate.tracking import LiveBytes, gemm_4bit_workspace
+from fastdpo.estimate.tracking import LiveBytes, flash_backward_workspace, gemm_4bit_workspace
 from fastdpo.training.config import ModelConfig
 from fastdpo.training.memory_plan import checkpointing_name, enable_checkpointing
 from fastdpo.training.model import lora_config
@@ -167,6 +175,26 @@ def test_workspace_of_a_4_bit_product_is_what_its_implementation_takes(real: nn.
     with LiveBytes() as counted:
         product = _gemm_4bit_default_impl(*arguments, **nested)
     assert counted.peak == gemm_4bit_workspace(*arguments, **nested) + 4 * product.numel()
+
+
+def test_workspaces_of_a_gpu_by_hand() -> None:
+    """Head: 100 rows, V = 1,000, H = 64 in bfloat16 are one chunk of 1,024 columns: E, the accumulator, a top and a sum
+    of 8 tiles of 128 columns, and rows and padding; a reference has the sums alone. FlashAttention's backward: 30 + 10
+    queries in two sequences, each up to 128 more, float32 of 4 heads of 48 → 64 and one number; keys of 50 tokens,
+    shared by two heads each, have 2 x 4 heads x 48 x 2 bytes."""
+    hidden, weight = (torch.empty(n, 64, dtype=torch.bfloat16, device="meta") for n in (100, 1000))
+    tops = 2 * 4 * 8 * 100
+    rest = 16 * 100 + 4096
+    options = (None, None, 1.0, 1.0, None, torch.bfloat16)
+    policy = gpu_head_workspace(hidden, weight, None, *options, True, workspace=2**28)
+    reference = gpu_head_workspace(hidden, weight, None, *options, False, workspace=2**28)
+    assert policy == 100 * 1024 * 2 + 100 * 64 * 4 + tops + rest
+    assert reference == tops + rest
+    query = torch.empty(40, 4, 48, dtype=torch.bfloat16, device="meta")
+    key = torch.empty(50, 2, 48, dtype=torch.bfloat16, device="meta")
+    bounds = torch.empty(3, dtype=torch.int32, device="meta")
+    found = flash_backward_workspace(query, query, key, key, query, query, bounds, bounds, 30, 40, True, bounds)
+    assert found == (40 + 2 * 128) * 4 * (64 + 1) * 4 + 2 * 50 * 4 * 48 * 2
 
 
 def test_flash_attention_keeps_no_scores() -> None:

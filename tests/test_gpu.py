@@ -6,6 +6,8 @@ The comparisons are `benchmarks.gpu.checks`, which the correctness stage of `pyt
 from __future__ import annotations
 
 import math
+import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from benchmarks.gpu.checks import Error
 from benchmarks.gpu.loss import Step, captured
 from benchmarks.gpu.sizes import REAL, TOY, HeadCheck, Sizes
 from fastdpo.losses import LOSSES
+from fastdpo.ops.tiles import plan_fused
+from fastdpo_kernels import head_gemm, head_tiles
 
 DEVICES = [pytest.param(TOY, id="cpu"), pytest.param(REAL, id="cuda", marks=pytest.mark.gpu)]
 HEADS = [pytest.param(s, check, id=f"{s.device}-{check.name}", marks=[pytest.mark.gpu] * s.on_gpu)
@@ -59,6 +63,16 @@ def test_dynamic_beta(sizes: Sizes, scope: str, variant: str) -> None:
 
 
 @on_every_device
+def test_loss_per_token(sizes: Sizes) -> None:
+    assert_ok(checks.check_token_loss(33, sizes.device, sizes.backend, SEED))
+
+
+@on_every_device
+def test_selective_logprob(sizes: Sizes) -> None:
+    assert_ok(checks.check_selective(sizes.logits, sizes.device, sizes.backend, SEED))
+
+
+@on_every_device
 @pytest.mark.parametrize("seed", [SEED, 2**40 + 7])
 def test_draws(sizes: Sizes, seed: int) -> None:
     assert_ok(checks.check_draws(sizes.draws, sizes.device, seed))
@@ -85,6 +99,63 @@ def test_loss_in_a_graph(sizes: Sizes, per_token: bool) -> None:
 
 
 # What the comparisons themselves are worth, by hand
+
+
+@pytest.mark.parametrize("sizes", [TOY, REAL], ids=["toy", "real"])
+def test_checks_are_what_they_are_called(sizes: Sizes) -> None:
+    """Chunks of E, and whether a tile's depth divides H, by the plans and tiles that a device would take."""
+    found = {check.name: check for check in sizes.checks}
+    assert len(found) == len(sizes.checks)
+
+    def chunks(check: HeadCheck) -> int:
+        plan = plan_fused(check.rows, check.vocab, check.dtype.itemsize, check.workspace, unit_gradient=True)
+        return plan.chunks(check.vocab)
+
+    several = {"several chunks, bf16", "one row in several chunks, bf16"}
+    assert {name for name, check in found.items() if check.fused and chunks(check) > 1} == several
+    depths = {tile.depth for tile in head_tiles.TILES.values()} if sizes is REAL else {head_tiles.INTERPRETED.depth}
+    for check in found.values():
+        assert check.hidden % 8 == 0 or not check.fused
+        divided = {check.hidden % depth == 0 for depth in depths}
+        assert divided == {check.name not in ("H that no depth divides, bf16", "odd H, bf16")}, check.name
+    assert checks.FLAGGED_BELOW > head_gemm.LIFT_LIMIT * math.log(2.0)
+
+
+def test_a_check_of_the_fused_product_takes_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    (check,) = (check for check in TOY.checks if check.name == "TF32")
+    before = torch.backends.cuda.matmul.fp32_precision
+    with pytest.raises(ValueError, match="FASTDPO_HEAD=fused cannot serve this head: float32 products are not to be"):
+        checks.check_head(replace(check, tf32=False), "cpu", "triton", SEED)
+    assert torch.backends.cuda.matmul.fp32_precision == before
+    assert "FASTDPO_HEAD" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "wrong"),
+    [
+        ("fastdpo.ops.head.Head.matmul_add", "several chunks, bf16", {"gradient of hidden"}),
+        ("fastdpo_kernels.head_merge.rescue_", "flagged rows, bf16",
+         {"gradient of hidden", "gradient of hidden, flagged rows", "values that differ in a second run"}),
+    ],
+)  # fmt: skip
+def test_a_launch_left_out_is_seen(target: str, name: str, wrong: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A += E W of all chunks but the first; flagged rows anew, without which they are NaN."""
+    monkeypatch.setattr(target, lambda *_, **__: None)
+    (check,) = (check for check in TOY.checks if check.name == name)
+    errors = checks.check_head(check, "cpu", "triton", SEED)
+    assert {error.name for error in errors if not error.ok} == wrong
+
+
+@pytest.mark.parametrize("name", ["selective_logprob", "token_preference_loss"])
+def test_another_scale_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs a thousandth larger, where every output follows them."""
+    right = getattr(fastdpo, name)
+    monkeypatch.setattr(fastdpo, name, lambda x, *args, **kwargs: right(1.05 * x, *args, **kwargs))
+    check = {
+        "selective_logprob": lambda: checks.check_selective(TOY.logits, "cpu", "torch", SEED),
+        "token_preference_loss": lambda: checks.check_token_loss(33, "cpu", "torch", SEED),
+    }[name]
+    assert not [error.name for error in check() if error.ok]
 
 
 def test_errors_by_hand() -> None:

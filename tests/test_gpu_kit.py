@@ -176,7 +176,13 @@ def test_bad_kits_are_one_sentence_with_the_next_step(
     assert f"is for Python 3.99 and this is {HERE}. Make it again with `make gpu-kit PYTHON_VERSION={HERE}`" in said(
         small_kit
     )
+    for part in (own[: len(own) // 2].encode(), b"\xff\xfe"):
+        manifest.write_bytes(part)
+        assert re.search(r"kit\.json is torn \(.*\)\. Carry the whole folder .* again\.", said(small_kit))
     manifest.write_text(own, "utf-8")
+    monkeypatch.setattr(install.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1))
+    assert re.search(r"\(its message is above\)\. Free space or name .* KIT_SITE=", said(small_kit))
+    monkeypatch.undo()
     with next(small_kit.glob("*.whl")).open("ab") as wheel:
         wheel.write(b"x")
     assert "is not what kit.json lists. Carry the whole folder" in said(small_kit)

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ import pytest
 import torch
 
 from benchmarks import cases, contenders, timing
+from benchmarks.gpu import NO_CARD, ceilings, peers, probe, runner, training
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import ceilings, peers, probe, runner, training
 from benchmarks.gpu.report import Report, Skipped
 from benchmarks.gpu.runner import STAGES, Runner, Stage
 from benchmarks.gpu.sizes import REAL, TOY
@@ -36,7 +37,7 @@ def without_card(*command: str, **environment: str) -> subprocess.CompletedProce
 
 def test_without_a_card_the_command_says_so_with_a_status_of_its_own(tmp_path: Path) -> None:
     done = without_card(sys.executable, "-m", "benchmarks.gpu", "--stages", "1-4", OUT=str(tmp_path / "out"))
-    assert done.returncode == command.NO_CARD == 3, done.stderr
+    assert done.returncode == NO_CARD == 3, done.stderr
     assert re.fullmatch(r"no card: .*\. .*\. Without a card, --dry runs every stage at toy size\.\n", done.stdout)
     assert not (tmp_path / "out").exists()
 
@@ -47,6 +48,18 @@ def test_without_a_card_prove_sh_says_so_with_the_same_status(tmp_path: Path) ->
     kit_line, card_line = done.stdout.splitlines()
     assert kit_line.startswith("no kit: there is no kit in")
     assert card_line.startswith("no card: ")
+
+
+def test_an_interpreter_without_anything_says_so_with_the_same_status(tmp_path: Path) -> None:
+    """No rich, no torch: `-S` leaves the packages out."""
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n', "utf-8")
+    bare.chmod(0o755)
+    lines = "import sys; sys.path.insert(0, sys.argv.pop(1)); sys.executable = sys.argv.pop(1)\n"
+    lines += "from benchmarks.gpu.__main__ import main; sys.exit(main([]))"
+    done = without_card(str(bare), "-c", lines, str(ROOT), str(bare))
+    assert done.returncode == 3, done.stderr
+    assert re.match(r"no card: torch could not look for a card|no card: torch cannot be imported", done.stdout)
 
 
 @pytest.mark.parametrize(
@@ -78,8 +91,8 @@ def test_gpu_tests_are_deselected_aloud_and_asked_for_in_vain_end_with_the_statu
 
 def test_limits_and_choice_of_stages(capsys: pytest.CaptureFixture[str]) -> None:
     assert [stage.number for stage in STAGES] == list(range(1, 9))
-    assert sum(stage.seconds for stage in STAGES[:4]) <= 240
-    assert sum(stage.seconds for stage in STAGES[4:]) <= 300
+    for half, seconds in ((STAGES[:4], 240), (STAGES[4:], 300)):
+        assert 10 <= seconds - sum(stage.seconds for stage in half) <= 15  # for what is no stage's
     assert [stage.number for stage in command.stage_numbers("2,4-6")] == [2, 4, 5, 6]
     for text in ("0-4", "4-2", "9", "all"):
         with pytest.raises(SystemExit, match="2"):
@@ -93,8 +106,9 @@ STAGE_MODULES = {
         def run(report, sizes):
             report.add("before", value=1.5)
             child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-            pathlib.Path(r"{folder}", "child").write_text(str(child.pid))
             with report.case("the slow one"):
+                pathlib.Path(r"{folder}", "starting").write_text(str(child.pid))
+                pathlib.Path(r"{folder}", "starting").rename(r"{folder}/child")
                 time.sleep(60)
     """,
     "raises": """
@@ -131,7 +145,7 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Stage]:
     for number, (name, text) in enumerate(STAGE_MODULES.items(), start=1):
         source = textwrap.dedent(text.replace("{folder}", str(tmp_path)))
         (tmp_path / f"stage_{name}.py").write_text(source, "utf-8")
-        made[name] = Stage(number, name, 2 if name == "hangs" else 60, module=f"stage_{name}")
+        made[name] = Stage(number, name, 0.5 if name == "hangs" else 60, module=f"stage_{name}")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     return made
 
@@ -143,22 +157,32 @@ def alive(pid: int) -> bool:
 
 
 def test_stages_that_hang_crash_or_fail_say_why_and_the_next_one_runs(
-    stages: dict[str, Stage], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stages: dict[str, Stage], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    class Patient(subprocess.Popen[bytes]):
+        """The hanging stage's time begins when it has begun its case, however long its imports take."""
+
+        def wait(self, timeout: float | None = None) -> int:
+            while timeout == 2.0 and self.poll() is None and not (tmp_path / "child").exists():
+                time.sleep(0.05)
+            return super().wait(timeout)
+
+    monkeypatch.setattr(runner.subprocess, "Popen", Patient)
     document: dict[str, Any] = {"card": None, "date": "today"}
     assert Runner(tmp_path, document, dry=True).run(list(stages.values())) is False
+    monkeypatch.undo()
     results = json.loads((tmp_path / "results.json").read_text("utf-8"))
     assert results == document
     assert {name: results[name]["ok"] for name in stages} == {name: name == "fits" for name in stages}
     assert {name: results[name].get("reason") for name in stages} == {
-        "hangs": "it took more than its 8 s, at 'the slow one', and was ended; log.txt has its output.",
+        "hangs": "it took more than its 2 s, at 'the slow one', and was ended; log.txt has its output.",
         "raises": "with two lines",
         "crashes": "it was ended by signal 11, at 'the last one'; log.txt has its output.",
         "fails": "first: KeyError: 'x'",
         "fits": None,
     }
     assert results["hangs"]["figures"] == {"before": {"value": 1.5}}  # what was measured is kept
-    assert results["hangs"]["seconds"] >= 8
+    assert results["hangs"]["seconds"] >= 2
     assert results["fails"]["headlines"] == ["seen"]
     assert 200 < results["fits"]["figures"]["all"]["seconds"] <= 235  # five less than its limit
     assert not alive(int((tmp_path / "child").read_text()))
@@ -172,6 +196,24 @@ def test_stages_that_hang_crash_or_fail_say_why_and_the_next_one_runs(
                       for cell in column.cells)  # fmt: skip
     assert "first: KeyError" in shown
     assert "on cpu" in shown
+
+
+def test_brackets_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """In what a stage says, in reasons, and in the card's name: none is markup."""
+    failed = {"a [bold]": "no such file [/tmp/x]"}
+    outcome = {"ok": False, "seconds": 1.0, "headlines": ["[red]"], "failed": failed, "skipped": {"b": "[cuda-bf16]"}}
+    document = {"card": {"name": "a card [x]"}, "date": "today", "ceilings": outcome}
+    document["loss"] = {"ok": False, "seconds": 0.0, "reason": "ended [/]"}
+    command.show(document, [stage for stage in STAGES if stage.name in document])
+    shown = capsys.readouterr().out
+    for text in ("a card [x], today", "[red]", "a [bold]: no such file [/tmp/x]", "b: [cuda-bf16]", "ended [/]"):
+        assert text in shown
+
+
+def test_no_table_without_rich_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    command.show({}, [])
+    assert re.match(r"no table: .* cannot import rich .*; install it, or read results\.json", capsys.readouterr().out)
 
 
 def test_an_old_card_runs_what_needs_no_kernel(stages: dict[str, Stage], tmp_path: Path) -> None:
@@ -243,13 +285,15 @@ def test_time_that_is_over_is_said(tmp_path: Path) -> None:
 
 def test_what_is_missing_is_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(ceilings.shutil, "which", lambda *_, **__: None)
-    assert re.search(r"nvcc is not on the PATH.*Install CUDA's compiler or set PATH\.", ceilings.nvcc())
+    with pytest.raises(Skipped, match=r"nvcc is not on the PATH.*Install CUDA's compiler or set PATH\."):
+        ceilings.nvcc()
 
     def missing(name: str) -> str:
         raise ceilings.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(ceilings.metadata, "version", missing)
-    assert "Run `make gpu-kit`" in ceilings.bitsandbytes()
+    with pytest.raises(Skipped, match="Run `make gpu-kit`"):
+        ceilings.bitsandbytes()
     wheels = [{"name": "a", "version": "1", "requires": ["b>=2", 'c; python_version < "3"']}]
     (tmp_path / "kit.json").write_text(json.dumps({"wheels": wheels}), "utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -328,10 +372,10 @@ def test_every_stage_runs_dry(tmp_path: Path) -> None:
         assert results[stage.name]["headlines"]
         assert f"{stage.number} {stage.name}: ok" in done.stdout
         for name, reason in results[stage.name]["skipped"].items():
-            assert "cut-cross-entropy" in name or "head_gemm" in reason, (name, reason)
+            assert name in ("nvcc", "bitsandbytes") or "cut-cross-entropy" in name, (name, reason)
     checked = results["correctness"]["figures"]
     assert {f"head: {check.name}" for check in TOY.checks} <= checked.keys()
-    assert {f"loss: {name}" for name in REAL.losses} <= checked.keys()
+    assert {f"loss: {name}" for name in (*REAL.losses, "per token")} | {"selective_logprob"} <= checked.keys()
     assert {"DPO", "β-DPO", "TRL's DPOTrainer", "estimate", "longest pair on 12GB"} <= results["training"][
         "figures"
     ].keys()

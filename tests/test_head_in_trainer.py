@@ -305,9 +305,9 @@ def test_backends_train_alike(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     used = set()
     original = scoring.linear_logprob
 
-    def spied(*args: Any, backend: str, **kwargs: Any) -> Any:
-        used.add(backend)
-        return original(*args, backend=backend, **kwargs)
+    def spied(*args: Any, backend: str, workspace: int, **kwargs: Any) -> Any:
+        used.add((backend, workspace))
+        return original(*args, backend=backend, workspace=workspace, **kwargs)
 
     monkeypatch.setattr(scoring, "linear_logprob", spied)
     results = []
@@ -315,10 +315,10 @@ def test_backends_train_alike(name: str, tmp_path: Path, monkeypatch: pytest.Mon
         options = {"optim": "sgd", "learning_rate": 0.05, "per_device_train_batch_size": 4} | RUNS[name]
         trainer = tiny.trainer(
             tmp_path / backend, model=tiny.llama(hidden_size=16), data=tiny.pairs(12), max_steps=3, backend=backend,
-            **options,
+            head_workspace="100KiB", **options,
         )  # fmt: skip
         trainer.train()
-        assert used == {backend}
+        assert used == {(backend, 100 * 1024)}
         used.clear()
         results.append((state(trainer), trainer.state.log_history))
     (weights, log), (other_weights, other_log) = results

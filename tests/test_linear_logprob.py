@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sync_watch import SyncWatch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -21,6 +22,7 @@ from fastdpo.checks import STATS
 from fastdpo.ops.head import Head
 from fastdpo.ops.linear_logprob import linear_logprob as operator
 from fastdpo.ops.tiles import MAX_ROWS, WORKSPACE, TilePlan, plan_fused, plan_gpu_tiles, plan_tiles
+from fastdpo_kernels.linear_logprob import RowState
 
 BACKENDS = ("torch", "triton")
 # Error against float64 beyond that of plain torch in the same dtype, relative to the largest value. Gradients are
@@ -346,6 +348,25 @@ def test_any_layout(backend: str) -> None:
     torch.testing.assert_close(found, expected)
     # .sum() sends an expanded gradient back
     torch.testing.assert_close(*(torch.autograd.grad(x.sum(), bias)[0] for x in (found, expected)))
+
+
+@pytest.mark.parametrize("trained", ["hidden", "hidden weight bias"])
+def test_a_gpu_s_host_waits_once_and_a_gradient_s_tiles_start_no_sums(
+    trained: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The count of scored rows serves the backward of a trained head too; its tiles need no buffers of a fold."""
+    data = problem(9, 4, 700, torch.float32, ignored=True)
+    leaves = [data[name].requires_grad_(name in trained) for name in ("hidden", "weight", "bias")]
+    made = []
+    fresh = RowState.fresh
+    monkeypatch.setattr(RowState, "fresh", lambda *args: made.append(1) or fresh(*args))
+    with SyncWatch([*leaves, data["targets"]]) as watch:
+        logps = fastdpo.linear_logprob(leaves[0], leaves[1], data["targets"], bias=leaves[2], backend="triton")
+        folds = len(made)
+        logps.sum().backward()
+    assert [sync.kind for sync in watch.syncs] == ["nonzero"]
+    assert folds == len(made) == 1
+    assert all((leaf.grad is not None) == leaf.requires_grad for leaf in leaves)
 
 
 def test_no_grad_forms_no_unit_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

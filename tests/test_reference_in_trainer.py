@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from test_training_step import CUTS, assert_same_run
-from transformers import TrainerCallback
+from transformers import EvalPrediction, TrainerCallback
 from worker import state
 
 from fastdpo.training import reference_store
@@ -241,3 +241,17 @@ def test_precomputation_can_be_stopped(tmp_path: Path, monkeypatch: pytest.Monke
 def test_cache_folder_without_a_cache_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"reference_cache_dir='x' has no effect with reference='online'"):
         tiny.config(tmp_path, reference="online", reference_cache_dir="x")
+
+
+def test_evaluation_of_a_rank_that_knows_all_its_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another rank misses some, so that all of them take the policy's own scores: this one has none to fill in."""
+    trainer = tiny.trainer(tmp_path, data=tiny.pairs(6), eval_dataset=tiny.pairs(6, seed=1))
+    first = trainer.evaluate()
+    answers = iter([True, False])
+    batch = TokenBatch(trainer.data_collator([trainer.eval_dataset[i] for i in range(6)]), trainer.args.device)
+    trainer.layouts.settle(batch, trainer.accelerator.autocast)
+    monkeypatch.setattr(trainer, "most", lambda value: next(answers, value))
+    with trainer.layouts.active():
+        scored = trainer._scored(batch)
+    assert next(answers, None) is None
+    assert trainer.evaluation_metrics(EvalPrediction(scored, None))["loss"] == pytest.approx(first["eval_loss"])
