@@ -40,7 +40,7 @@ def warm_up(dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
 
 
 def fastdpo_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    logps = fastdpo.linear_logprob(hidden, weight, targets)
+    logps = fastdpo.linear_logprob(hidden, weight, targets, ignore_index=None)
     assert isinstance(logps, Tensor)  # no statistics were asked for
     return logps
 

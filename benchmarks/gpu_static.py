@@ -2,7 +2,8 @@
 
     python -m benchmarks gpu_static --json
 
-A head call is policy forward and backward, and reference, through the fused product (`fastdpo.ops.fused_head`).
+A head call is policy forward and backward, and reference, through the fused product (`fastdpo.ops.fused_head`), with
+every row scored (ignore_index=None): finding ignored rows takes some launches more, and one wait.
     device time   2 fused products at `main_loop` of the bare GEMMs' rate, E W at that rate, and all bytes but the
                   reading of hidden states and weight at the memory's bandwidth, as if no epilogue hid behind a product
     host time     HOST_TRITON per Triton grid, HOST_PRODUCT per operator of torch's; it runs beside the device's

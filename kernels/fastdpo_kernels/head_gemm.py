@@ -165,7 +165,7 @@ def _head_gemm_kernel(
     top = tl.max(z, axis=1)
     # A tile without a finite logit has top = −∞: its exponentials then refer to 0, and vanish
     centre = tl.where(top == -float("inf"), 0.0, top)
-    exps = tl.exp2(tl.where(at_target, -float("inf"), z - centre[:, None]))
+    exps = tl.where(at_target, 0.0, tl.exp2(z - centre[:, None]))
     partial = (first_column // BLOCK_N + pid_n).to(tl.int64) * rows + row
     tl.store(tops_ptr + partial, top, mask=inside_row)
     tl.store(sums_ptr + partial, tl.sum(exps, axis=1), mask=inside_row)
