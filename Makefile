@@ -3,7 +3,7 @@
 # make test-floor   tests with the oldest triton and transformers that are supported (requirements/floor.txt)
 # make bench  ratios of time and memory against the peers (about 7 minutes)
 # make gpu-kit    gather what a card's machine without a network lacks (PYTHON_VERSION=3.12); then there: bash gpu/prove.sh
-# make test-gpu, make bench-gpu  the tests and the stages of benchmarks.gpu, on this machine's card; status 3 without one
+# make test-gpu, make bench-gpu  the tests and the stages of benchmarks.gpu, on this machine's card; without one "Error 3"
 # ARGS="..." is passed on: make demo ARGS="--pairs all --minutes 60", make test ARGS="-k resume"
 
 PYTHON ?= python3

@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks import cases, contenders
 from benchmarks.report import Figure, at_most
 from benchmarks.settings import Settings
-from benchmarks.timing import interleave
+from benchmarks.timing import interleave, synchronizer
 
 TITLE = "head: policy forward + backward and reference forward, over h Wᵀ, P W, h Wᵀ"
 
@@ -21,6 +21,7 @@ def run(settings: Settings) -> list[Figure]:
             contenders.against_floor(inputs),
             settings.repeats,
             settings.budget * (TARGETED_SHARE if case.target else UNTARGETED_SHARE),
+            synchronizer(inputs.hidden.device),
         )
         ours, floor = timings["fastdpo"], timings["floor"]
         gigabytes = case.bytes(settings.dtype.itemsize) / 1e9

@@ -11,22 +11,24 @@ from benchmarks import cases
 from benchmarks.cases import LossCase
 from benchmarks.report import Figure, at_most
 from benchmarks.settings import Settings
-from benchmarks.timing import interleave
+from benchmarks.timing import interleave, synchronizer
 from fastdpo import DynamicBeta, preference_loss
 from fastdpo.functional import token_preference_loss
 
 TITLE = "loss: all that follows the head, dynamic β included, forward + backward, torch backend"
 #: Calls per repeat, as one takes less than a millisecond.
 CALLS = 60
+#: Where: `benchmarks.gpu.loss` asks a card.
+DEVICE = "cpu"
 
 
-def steps(case: LossCase) -> dict[str, Callable[[], Tensor]]:
+def steps(case: LossCase, device: str = DEVICE) -> dict[str, Callable[[], Tensor]]:
     """The work from summed log-probs, and from those per token; each returns the gradient."""
-    tokens, ref_tokens, boundaries = cases.loss_inputs(case)
+    tokens, ref_tokens, boundaries = cases.loss_inputs(case, device=device)
     lengths = boundaries.diff().tolist()
     sums = torch.stack([part.sum() for part in tokens.detach().split(lengths)]).requires_grad_()
     references = torch.stack([part.sum() for part in ref_tokens.split(lengths)])
-    dynamic_beta = DynamicBeta(backend="torch")
+    dynamic_beta = DynamicBeta(backend="torch").to(device)
 
     def from_sums() -> Tensor:
         loss = preference_loss(*sums.chunk(2), *references.chunk(2), beta=dynamic_beta, backend="torch").loss
@@ -42,7 +44,7 @@ def steps(case: LossCase) -> dict[str, Callable[[], Tensor]]:
 def run(settings: Settings) -> list[Figure]:
     figures = []
     for case in cases.TINY_LOSS if settings.tiny else cases.LOSS_CASES:
-        timings = interleave(steps(case), CALLS * settings.repeats, settings.budget)
+        timings = interleave(steps(case), CALLS * settings.repeats, settings.budget, synchronizer(DEVICE))
         for name, timing in timings.items():
             best, median = 1e3 * timing.best, 1e3 * timing.median
             for what, value in (("best", best), ("median", median)):

@@ -13,7 +13,7 @@ from benchmarks.cases import PairInputs
 from benchmarks.contenders import Outcome
 from benchmarks.report import Figure, Target, at_least, at_most
 from benchmarks.settings import Settings
-from benchmarks.timing import interleave
+from benchmarks.timing import interleave, synchronizer
 
 TITLE = "peers: policy forward + backward to the hidden states, reference forward, sigmoid DPO loss"
 #: Largest relative error of the loss, and of the gradient in its own norm, against float64 on the same inputs.
@@ -52,7 +52,10 @@ def run(settings: Settings) -> list[Figure]:
     name = f"{sequences} sequences × {length}, {scored} rows scored, H = {hidden}, V = {case.vocab:,}"
     available, figures = importable(name)
     timings = interleave(
-        {peer: partial(PEERS[peer].call, inputs) for peer in available}, settings.repeats, settings.budget
+        {peer: partial(PEERS[peer].call, inputs) for peer in available},
+        settings.repeats,
+        settings.budget,
+        synchronizer(inputs.hidden.device),
     )
     truth = contenders.true_pairs(inputs)
     for peer, timing in timings.items():

@@ -11,7 +11,7 @@ from benchmarks import cases, contenders
 from benchmarks.cases import HeadCase
 from benchmarks.report import Figure
 from benchmarks.settings import Settings
-from benchmarks.timing import interleave
+from benchmarks.timing import interleave, synchronizer
 
 TITLE = "scaling: policy forward + backward and reference forward, least-squares line through the times"
 #: A point of the sweep takes at most this part of a case's seconds, as there are many.
@@ -69,6 +69,7 @@ def _sweep(axis: str, fixed: str, swept: Sequence[HeadCase], settings: Settings)
             contenders.against_floor(inputs),
             settings.repeats,
             BUDGET_SHARE * settings.budget,
+            synchronizer(inputs.hidden.device),
         )
         sweep.ours.append(1e3 * timings["fastdpo"].best)
         sweep.floor.append(1e3 * timings["floor"].best)

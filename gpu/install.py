@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KIT, TARGET = ROOT / "gpu" / "kit", ROOT / "gpu" / "site"
 MANIFEST = "kit.json"
 MIB = 2**20
-#: Wheels unpack to about three times their size.
+#: Room that is asked for, in sizes of the wheels: they unpack to about three, and one is to spare.
 UNPACKED = 4
 
 
@@ -55,20 +55,26 @@ def install(kit: Path, target: Path) -> str:
     command += ["--no-deps", "--no-cache-dir", "--no-compile", "--target", str(target)]
     done = subprocess.run([*command, *map(str, wheels)], check=False)
     if done.returncode:
-        raise InstallError(f"pip could not install the kit into {target} (its message is above).")
+        raise InstallError(
+            f"pip could not install the kit into {target} (its message is above). Free space or name a folder that can "
+            "be written, KIT_SITE=/some/folder bash gpu/prove.sh; without pip itself: python3 -m ensurepip."
+        )
     shutil.copyfile(kit / MANIFEST, target / MANIFEST)  # last: an interrupted installation is not taken for whole
     return f"the kit's {names} are installed in {target}."
 
 
 def read_manifest(kit: Path) -> dict[str, Any]:
-    """kit.json. Raises InstallError where there is none."""
+    """kit.json. Raises InstallError where there is none, or part of one."""
     path = kit / MANIFEST
     if not path.is_file():
         raise InstallError(
             f"there is no kit in {kit}, so what this machine lacks stays out. Run `make gpu-kit` where there is a "
             "network and carry the folder here."
         )
-    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSON's and UTF-8's are both
+        raise InstallError(f"{path} is torn ({error}). Carry the whole folder {kit} again.") from error
     return manifest
 
 

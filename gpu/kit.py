@@ -31,7 +31,7 @@ REQUIREMENTS = ROOT / "requirements" / "gpu-kit.txt"
 FOLDER = ROOT / "gpu" / "kit"
 MANIFEST = "kit.json"
 MIB = 2**20
-#: A lent machine takes 64 MiB with the repo.
+#: The kit is carried with the repository, which may have to go as one small upload.
 MAX_BYTES = 40 * MIB
 LARGEST = 3
 #: pip takes a platform tag to the letter, so every one that the wheels use is listed.

@@ -15,14 +15,15 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
+from benchmarks.gpu import NO_CARD
 from benchmarks.gpu.runner import DRY_AT_ONCE, LOG, RESULTS, ROOT, STAGES, Runner, Stage, check_space
 
-OK, FAILED, NO_CARD = 0, 1, 3
+if TYPE_CHECKING:
+    from rich.table import Table
+
+OK, FAILED = 0, 1
 #: A pipe has no width of its own.
 WIDTH = 150
 #: A driver that hangs does so at the first call.
@@ -81,21 +82,35 @@ def keep_earlier(out: Path) -> None:
 
 
 def table(document: dict[str, Any], stages: Sequence[Stage]) -> Table:
+    """What each stage says. Imports rich: whoever has no card needs none of it."""
+    from rich.markup import escape
+    from rich.table import Table
+
     card = document["card"]["name"] if document["card"] else "a CPU, toy sizes: no figure means anything"
-    made = Table(title=f"{card}, {document['date']}", title_justify="left", title_style="bold")
+    made = Table(title=escape(f"{card}, {document['date']}"), title_justify="left", title_style="bold")
     for name in ("stage", "", "s"):
         made.add_column(name, justify="right" if name == "s" else "left")
     made.add_column("what it says", overflow="fold")
     for stage in stages:
         outcome = document[stage.name]
-        lines = list(outcome.get("headlines", ()))
-        lines += [f"[red]{name}: {reason}[/]" for name, reason in outcome.get("failed", {}).items()]
-        lines += [f"not measured: {name}: {reason}" for name, reason in outcome.get("skipped", {}).items()]
+        lines = [escape(line) for line in outcome.get("headlines", ())]
+        lines += [f"[red]{escape(f'{name}: {reason}')}[/]" for name, reason in outcome.get("failed", {}).items()]
+        lines += [escape(f"not measured: {name}: {reason}") for name, reason in outcome.get("skipped", {}).items()]
         if not outcome["ok"] and not outcome.get("failed"):
-            lines.append(f"[red]{outcome['reason']}[/]")
+            lines.append(f"[red]{escape(outcome['reason'])}[/]")
         mark = "[green]ok[/]" if outcome["ok"] else "[red]NOT OK[/]"
         made.add_row(f"{stage.number} {stage.name}", mark, f"{outcome['seconds']:.0f}", "\n".join(lines))
     return made
+
+
+def show(document: dict[str, Any], stages: Sequence[Stage]) -> None:
+    """Print the table, or why there is none: the results are kept either way."""
+    try:
+        from rich.console import Console
+    except ImportError as error:
+        print(f"no table: {sys.executable} cannot import rich ({error}); install it, or read {RESULTS}.")
+        return
+    Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False).print(table(document, stages))
 
 
 def refusal(found: dict[str, Any]) -> str:
@@ -134,8 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     at_once = DRY_AT_ONCE if options.dry else 1
     ok = Runner(options.out, document, dry=options.dry, at_once=at_once).run(options.stages)
-    console = Console(highlight=False)
-    Console(width=None if console.is_terminal else WIDTH, highlight=False).print(table(document, options.stages))
+    show(document, options.stages)
     print(f"{options.out / RESULTS}, {options.out / LOG}", flush=True)
     return OK if ok else FAILED
 

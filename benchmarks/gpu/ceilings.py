@@ -16,7 +16,7 @@ import torch
 from packaging.requirements import Requirement
 
 from benchmarks.gpu.clock import Clock
-from benchmarks.gpu.report import Report
+from benchmarks.gpu.report import NO_BITSANDBYTES, Report, Skipped
 from benchmarks.gpu.sizes import Sizes
 
 #: Where the kit is installed, and its manifest there: written by gpu/install.py.
@@ -27,7 +27,7 @@ def run(report: Report, sizes: Sizes) -> None:
     report.add("environment", **{name: os.environ[name] for name in sorted(os.environ) if name.startswith("FASTDPO_")})
     with report.case("nvcc"):
         report.add("nvcc", version=nvcc())
-    with report.case("bitsandbytes"):
+    with report.case("bitsandbytes"):  # stage 7 cannot run without it, so it is said here, minutes ahead
         report.add("bitsandbytes", version=bitsandbytes())
     with report.case("what the kit's packages ask for"):
         unmet = unmet_requirements()
@@ -54,10 +54,10 @@ def copy(size: int, device: str) -> Callable[[], torch.Tensor]:
 
 
 def nvcc() -> str:
-    """nvcc's release, or a sentence: nothing that is measured here needs it."""
+    """nvcc's release. Raises Skipped where there is none: nothing that is measured here needs it."""
     found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if found is None:
-        return (
+        raise Skipped(
             "nvcc is not on the PATH nor in /usr/local/cuda/bin: Triton brings its own assembler, so the kernels run, "
             "and nothing can be built with nvcc. Install CUDA's compiler or set PATH."
         )
@@ -67,14 +67,11 @@ def nvcc() -> str:
 
 
 def bitsandbytes() -> str:
-    """Its version, or a sentence."""
+    """Its version. Raises Skipped, with the next step, where it is not there."""
     try:
         return metadata.version("bitsandbytes")
     except metadata.PackageNotFoundError:
-        return (
-            "bitsandbytes is not there: the training stage needs its 4-bit layers. Run `make gpu-kit` where there is a "
-            "network and carry gpu/kit here."
-        )
+        raise Skipped(NO_BITSANDBYTES) from None
 
 
 def unmet_requirements() -> list[str]:

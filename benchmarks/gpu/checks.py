@@ -3,20 +3,28 @@
 Each gives `Error`s: a name, the error seen, and what is allowed. Allowed are, relative to the largest true log-prob:
 1e-5 in float32, 3e-5 for 16-bit inputs, whose products are exact but summed by tensor cores with a few bits less than
 float32 has (`tl.exp` is ex2.approx, 2 ulp). Gradients in their norm: float32 1e-5; bfloat16 2⁻⁸, as E, the kept unit
-gradient and the result are each rounded by up to 2⁻⁹ (E's rounding alone gave 1.4e-3 to 2.7e-3 in a sketch), and twice
-that in Triton's interpreter, which truncates where hardware rounds; float16 2⁻¹⁰, its roundings being 2⁻¹².
+gradient and the result are each rounded by up to 2⁻⁹, which adds up as squares do, to √3·2⁻⁹ at most; 3·2⁻⁸ in
+Triton's interpreter, which truncates where hardware rounds, always towards 0; float16 2⁻¹⁰, its roundings being 2⁻¹².
+
+TF32 keeps 10 bits of a mantissa, and a tensor core may cut off the rest: an operand loses up to 2⁻¹⁰, a product up to
+2⁻⁹ and half of that on average, always on the same side, so logits shrink. Log-probs, which are differences of logits,
+are allowed 2⁻⁹ of the largest. A probability changes as its logit does beside its neighbours', of whose standard
+deviation, 3, 2⁻¹⁰ are lost: gradients are allowed 2⁻⁸.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import fastdpo
-from benchmarks.gpu.sizes import HeadCheck
+from benchmarks.gpu.head_plans import environment
+from benchmarks.gpu.sizes import FLAGGED_SPREAD, HeadCheck
 from fastdpo import DynamicBeta, reference, rng
 from fastdpo.backends import resolve_backend
 from fastdpo.checks import STATS
@@ -24,18 +32,24 @@ from fastdpo.losses import LOSSES
 
 LOGPS_ALLOWED = {torch.float32: 1e-5, torch.float16: 3e-5, torch.bfloat16: 3e-5}
 GRADIENT_ALLOWED = {torch.float32: 1e-5, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-8}
+TF32_ALLOWED = (2.0**-9, 2.0**-8)
 #: Of losses, β, margins and their gradients, relative to the largest value: e^u of log-ratios rounded to float32.
 LOSS_ALLOWED = 1e-5
 #: Of statistics: sums over the vocabulary of what log-probs are made of.
 STATS_ALLOWED = 1e-4
+#: How far below the largest logit a target is whose row is flagged: `head_gemm.LIFT_LIMIT` in units of log 2, and a
+#: little, as the logits here are float64's.
+FLAGGED_BELOW = 93.0 * math.log(2.0)
 #: Gumbel draws: two logarithms, in units of the last place.
 GUMBEL_ULPS = 4
 #: Attention in 16 bits rounds its probabilities and its output by 2⁻⁹ each; its backward rounds what it recomputes too.
 ATTENTION_ALLOWED = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (2.0**-7, 2.0**-6)}
 #: Blocks that the caching allocator hands out for small tensors, and how many of them are filled.
 SMALL_BLOCK, SMALL_BLOCKS = 2**20, 64
+#: 1 − p of a row whose likeliest token is 70 above the next.
+SMALLEST = 1e-30
 IGNORED = -100
-LABEL_SMOOTHING = 1e-3
+LABEL_SMOOTHING, BETA = 1e-3, 0.1
 
 
 class Error(NamedTuple):
@@ -70,9 +84,9 @@ def largest(seen: Tensor, truth: Tensor, floor: float = 1.0) -> float:
 
 
 def in_norm(seen: Tensor, truth: Tensor) -> float:
-    """‖seen − truth‖ / ‖truth‖; ‖seen‖ where the truth is 0."""
+    """‖seen − truth‖ / ‖truth‖, ‖seen‖ where the truth is 0; a truth that float32 hardly holds counts as SMALLEST."""
     gap, size = (seen.double() - truth.double()).norm(), truth.double().norm()
-    return float(gap / size) if size else float(gap)
+    return float(gap / size.clamp(min=SMALLEST)) if size else float(gap)
 
 
 # The head
@@ -87,15 +101,16 @@ class HeadProblem(NamedTuple):
 
 
 def head_problem(check: HeadCheck, device: str, seed: int) -> HeadProblem:
-    """Logits of standard deviation 3; half the targets are their row's likeliest, the first two are 0 and V − 1."""
+    """Half the targets are their row's likeliest, a quarter the least likely; the first two are 0 and V − 1."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(check.rows, check.hidden, generator=generator).to(check.dtype).to(device)
-    weight = torch.randn(check.vocab, check.hidden, generator=generator) * (3.0 / check.hidden**0.5)
+    weight = torch.randn(check.vocab, check.hidden, generator=generator) * (check.spread / check.hidden**0.5)
     tensors = {"hidden": hidden, "weight": weight.to(check.dtype).to(device)}
     if check.bias:
         tensors["bias"] = torch.randn(check.vocab, generator=generator).to(check.dtype).to(device)
     targets = torch.randint(0, check.vocab, (check.rows,), generator=generator).to(device)
     targets[::2] = (hidden[::2] @ tensors["weight"].t()).argmax(1)
+    targets[3::4] = (hidden[3::4] @ tensors["weight"].t()).argmin(1)
     targets[:2] = torch.tensor([0, check.vocab - 1], device=device)[: check.rows]
     if check.ignored == "some":
         targets[2::3] = IGNORED
@@ -107,12 +122,14 @@ def head_problem(check: HeadCheck, device: str, seed: int) -> HeadProblem:
 def run_head(
     function: Callable[..., Any], check: HeadCheck, x: HeadProblem, dtype: torch.dtype, **options: Any
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """Log-probs, statistics, and the gradients of the weighted log-probs."""
+    """Log-probs, statistics, and the gradients of the weighted log-probs with respect to what is trained."""
     leaves = {
         name: tensor.detach().to(dtype, copy=True).requires_grad_(name in check.trained)
         for name, tensor in x.tensors.items()
     }
     logps, stats = function(**leaves, targets=x.targets, stats=STATS, **check.options, **options)
+    if not check.trained:
+        return logps, stats, {}
     trained = [leaves[name] for name in check.trained]
     grads = torch.autograd.grad(logps, trained, x.upstream.to(logps))
     return logps.detach(), stats, dict(zip(check.trained, grads, strict=True))
@@ -123,6 +140,25 @@ def without_stats(**arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
     return fastdpo.linear_logprob(**{**arguments, "stats": ()}), {}  # type: ignore[return-value]
 
 
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether float32 products may be rounded to TF32, by torch's own setting; afterwards as before."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def head_allowed(check: HeadCheck, device: str) -> tuple[float, float]:
+    """Errors of log-probs and of gradients."""
+    if check.tf32:
+        return TF32_ALLOWED
+    truncated = device == "cpu" and check.dtype == torch.bfloat16
+    return LOGPS_ALLOWED[check.dtype], GRADIENT_ALLOWED[check.dtype] * (3 if truncated else 1)
+
+
 def check_head(check: HeadCheck, device: str, backend: str, seed: int, poisoned: int = 0) -> list[Error]:
     """`linear_logprob` against float64, and against itself: twice the same bits."""
     problem = head_problem(check, device, seed)
@@ -130,16 +166,24 @@ def check_head(check: HeadCheck, device: str, backend: str, seed: int, poisoned:
     function = fastdpo.linear_logprob if check.stats else without_stats
     if poisoned:
         poison(device, poisoned)
-    logps, stats, grads = run_head(function, check, problem, check.dtype, backend=backend)
-    again = run_head(function, check, problem, check.dtype, backend=backend)
-    errors = [Error("log-probs", largest(logps, truth[0]), LOGPS_ALLOWED[check.dtype])]
+    with tf32(check.tf32), environment({"FASTDPO_HEAD": "fused"} if check.fused else {}):
+        options = {"backend": backend, "workspace": check.workspace}
+        logps, stats, grads = run_head(function, check, problem, check.dtype, **options)
+        again = run_head(function, check, problem, check.dtype, **options)
+    logps_allowed, gradient_allowed = head_allowed(check, device)
+    errors = [Error("log-probs", largest(logps, truth[0]), logps_allowed)]
     for name, grad in grads.items():
-        truncated = device == "cpu" and check.dtype == torch.bfloat16
-        allowed = GRADIENT_ALLOWED[check.dtype] * (2 if truncated else 1)
-        errors.append(Error(f"gradient of {name}", in_norm(grad, truth[2][name]), allowed))
+        errors.append(Error(f"gradient of {name}", in_norm(grad, truth[2][name]), gradient_allowed))
+    if check.spread >= FLAGGED_SPREAD:  # apart, as flagged rows have the largest gradients
+        flagged, seen, true = flagged_rows(problem), grads["hidden"], truth[2]["hidden"]
+        errors += [
+            Error("gradient of hidden, flagged rows", in_norm(seen[flagged], true[flagged]), gradient_allowed),
+            Error("gradient of hidden, other rows", in_norm(seen[~flagged], true[~flagged]), gradient_allowed),
+            Error("inputs without a flagged row", float(not flagged.any()), 0.0),
+        ]
     for name, values in stats.items():
         if name == "is_top1":
-            clear = clear_winners(check, problem)
+            clear = clear_winners(problem)
             errors.append(Error(name, float((values != truth[1][name])[clear].sum()), 0.0))
         else:
             errors.append(Error(name, largest(values, truth[1][name]), STATS_ALLOWED))
@@ -148,12 +192,49 @@ def check_head(check: HeadCheck, device: str, backend: str, seed: int, poisoned:
     return errors
 
 
-def clear_winners(check: HeadCheck, x: HeadProblem) -> Tensor:
+def true_logits(x: HeadProblem) -> Tensor:
+    """(N, V) float64, neither capped nor scaled."""
+    weight = x.tensors["weight"].double()
+    return x.tensors["hidden"].double() @ weight.t() + x.tensors.get("bias", weight.new_zeros(()))
+
+
+def clear_winners(x: HeadProblem) -> Tensor:
     """(N,) bool: rows whose two likeliest logits are further apart than rounding."""
-    hidden, weight = x.tensors["hidden"].double(), x.tensors["weight"].double()
-    logits = hidden @ weight.t() + x.tensors.get("bias", weight.new_zeros(()))
-    first, second = logits.topk(2, dim=1).values.unbind(1)
+    first, second = true_logits(x).topk(2, dim=1).values.unbind(1)
     return first - second > 1e-3
+
+
+def flagged_rows(x: HeadProblem) -> Tensor:
+    """(N,) bool: rows whose target lies so far below the largest logit that E cannot refer to it."""
+    logits = true_logits(x)
+    return logits.amax(1) - logits.gather(1, x.targets[:, None]).squeeze(1) > FLAGGED_BELOW
+
+
+# Logits that exist
+
+
+def check_selective(shape: tuple[int, int, int], device: str, backend: str, seed: int) -> list[Error]:
+    """`selective_logprob` of bfloat16 logits (B, T, V) without their last position, a view, against float64."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = (3.0 * torch.randn(shape, generator=generator)).bfloat16().to(device)
+    targets = torch.randint(0, shape[2], (shape[0], shape[1] - 1), generator=generator).to(device)
+    targets[:, ::3] = IGNORED
+    targets[0, 1] = shape[2] - 1
+    upstream = torch.randn(targets.shape, generator=generator).to(device)
+
+    def run(function: Callable[..., Tensor], dtype: torch.dtype, **options: Any) -> tuple[Tensor, Tensor]:
+        leaf = logits.to(dtype, copy=True).requires_grad_()
+        logps = function(leaf[:, :-1], targets, temperature=0.7, **options)
+        (gradient,) = torch.autograd.grad(logps, leaf, upstream.to(logps))
+        return logps.detach(), gradient
+
+    truth = run(reference.selective_logprob, torch.float64)
+    logps, gradient = run(fastdpo.selective_logprob, torch.bfloat16, backend=backend)
+    allowed = GRADIENT_ALLOWED[torch.bfloat16] * (2 if device == "cpu" else 1)
+    return [
+        Error("log-probs", largest(logps, truth[0]), LOGPS_ALLOWED[torch.float32]),
+        Error("gradient", in_norm(gradient, truth[1]), allowed),
+    ]
 
 
 # The loss and β
@@ -190,6 +271,37 @@ def check_loss(loss_type: str, pairs: int, device: str, backend: str, seed: int)
     fields = ("loss", "losses", "chosen_rewards", "rejected_rewards", "margins")
     errors = [Error(name, largest(getattr(output, name), getattr(truth, name)), LOSS_ALLOWED) for name in fields]
     return [*errors, Error("gradient", largest(grads, true_grads, 1.0 / pairs), LOSS_ALLOWED)]
+
+
+def check_token_loss(pairs: int, device: str, backend: str, seed: int) -> list[Error]:
+    """`token_preference_loss`, the sigmoid one, against the oracle of sums that are taken row by row in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 60, (2 * pairs,), generator=generator)
+    lengths[0], lengths[-1] = 700, 1  # longer than what a program sums at a time
+    before, after = 2, 3  # tokens that take no part
+    count = before + int(lengths.sum()) + after
+    boundaries = before + torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    tokens = -torch.rand(count, generator=generator)
+    references = tokens + 0.1 * torch.randn(count, generator=generator)
+    upstream_parts = [before, *lengths.tolist(), after]
+
+    def true_sums(x: Tensor) -> Tensor:
+        return torch.stack([part.sum() for part in x.split(upstream_parts)[1:-1]])
+
+    exact = tokens.double().requires_grad_()
+    sums, ref_sums = true_sums(exact), true_sums(references.double())
+    truth = reference.preference_loss(*sums.chunk(2), *ref_sums.chunk(2), beta=BETA)
+    (true_gradient,) = torch.autograd.grad(truth.loss, exact)
+    leaf = tokens.to(device).requires_grad_()
+    output = fastdpo.token_preference_loss(
+        leaf, boundaries.to(device), references.to(device), beta=BETA, backend=backend
+    )
+    (gradient,) = torch.autograd.grad(output.loss, leaf)
+    fields = ("loss", "losses", "chosen_rewards", "rejected_rewards", "margins")
+    # A margin is made of four sums in float32; one that is added up token by token is off by √n·2⁻²⁴ of itself or so
+    allowed = LOSS_ALLOWED + BETA * 4 * int(lengths.max()) ** 0.5 * 2.0**-24 * float(sums.detach().abs().max())
+    errors = [Error(name, largest(getattr(output, name).cpu(), getattr(truth, name)), allowed) for name in fields]
+    return [*errors, Error("gradient", largest(gradient.cpu(), true_gradient, 1.0 / pairs), LOSS_ALLOWED)]
 
 
 def check_dynamic_beta(pairs: int, device: str, backend: str, seed: int, **options: Any) -> list[Error]:

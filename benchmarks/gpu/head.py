@@ -15,8 +15,8 @@ import fastdpo
 from benchmarks import cases
 from benchmarks.cases import HeadCase, HeadInputs
 from benchmarks.gpu.clock import Clock
-from benchmarks.gpu.fused_head import Plan, environment, plans, tile_calls
-from benchmarks.gpu.products import addmm, mm
+from benchmarks.gpu.head_plans import Plan, environment, plans, tile_calls
+from benchmarks.gpu.products import plain_head
 from benchmarks.gpu.report import Report, Skipped
 from benchmarks.gpu.sizes import MIB, Sizes
 
@@ -52,13 +52,14 @@ def bare(x: HeadInputs, chunk: int) -> Callable[[], None]:
     logits = weight.new_empty(len(hidden), min(chunk, len(weight)))
     probs = torch.rand_like(logits)
     total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+    head = plain_head(weight)
 
     def call() -> None:
         for part in weight.split(chunk):
             columns = len(part)
-            mm(hidden, part.t(), logits[:, :columns])
-            addmm(probs[:, :columns], part, total)
-            mm(reference, part.t(), logits[:, :columns])
+            head.matmul(hidden, part.t(), logits[:, :columns])
+            head.matmul_add(probs[:, :columns], part, total)
+            head.matmul(reference, part.t(), logits[:, :columns])
 
     return call
 
@@ -72,6 +73,7 @@ def run(report: Report, sizes: Sizes) -> None:
             x = cases.head_inputs(case, sizes.dtype, device=sizes.device)
             floor = clock.time(bare(x, sizes.chunk))
             report.add(f"{case.name}: bare products", teraflops=case.flops / floor.ms / 1e9, **floor.figures())
+            x = cases.head_inputs(case, sizes.head_dtype, device=sizes.device)
             best = _plans(report, sizes, clock, case, x, floor.ms)
             if best is not None:
                 name, ms = best
@@ -115,11 +117,12 @@ def _tiles(report: Report, sizes: Sizes, clock: Clock, case: HeadCase, store: bo
     if report.skips(title, needed):
         return
     with report.case(title):
-        x = cases.head_inputs(case, sizes.dtype, device=sizes.device)
+        x = cases.head_inputs(case, sizes.head_dtype, device=sizes.device)
         columns = min(sizes.chunk, case.vocab)
         calls = tile_calls(x, columns, store=store)
         logits = x.weight.new_empty(case.rows, columns)
-        product = clock.time(lambda: mm(x.hidden.detach(), x.weight[:columns].t(), logits)).ms
+        head, hidden, weight = plain_head(x.weight), x.hidden.detach(), x.weight[:columns].t()
+        product = clock.time(lambda: head.matmul(hidden, weight, logits)).ms
         found: dict[str, float] = {}
         for tile, call in calls.items():
             if report.skips(f"{title}: {tile}", needed):

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from benchmarks.gpu.report import NO_BITSANDBYTES
 from benchmarks.gpu.sizes import TOY_LLAMA, TrainingShape
 from fastdpo.estimate.architectures import find_config
 from fastdpo.estimate.skeleton import is_4bit, quantize
@@ -45,10 +46,7 @@ def options(device: str) -> ModelConfig:
     """
     has_bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
     if device == "cuda" and not has_bitsandbytes:
-        raise ImportError(
-            "bitsandbytes is not there, and the model is to be in NF4. Run `make gpu-kit` where there is a network and "
-            "carry gpu/kit here."
-        )
+        raise ImportError(NO_BITSANDBYTES)
     return ModelConfig(
         dtype="bfloat16" if device == "cuda" else "float32", load_in_4bit=has_bitsandbytes, lora_r=16, lora_alpha=32
     )

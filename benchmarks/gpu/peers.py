@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import cases, contenders
-from benchmarks.cases import HeadInputs
+from benchmarks.cases import HeadCase, HeadInputs
 from benchmarks.gpu.checks import in_norm
 from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.report import Report, Skipped
@@ -71,6 +71,13 @@ def liger_coefficients(logps: Tensor) -> Tensor:
     return coefficients.repeat_interleave(len(logps) // SEQUENCES)
 
 
+def with_truths(case: HeadCase, sizes: Sizes) -> tuple[HeadInputs, dict[bool, Tensor]]:
+    """Inputs, and the gradient of the hidden states in float64: of weighted log-probs, and of Liger's own loss."""
+    x = cases.head_inputs(case, sizes.dtype, device=sizes.device)
+    logps, unit = true_unit_gradient(x, sizes.truth_rows)
+    return x, {False: x.grad_logps.double()[:, None] * unit, True: liger_coefficients(logps)[:, None] * unit}
+
+
 def check_available(name: str, peer: Peer, on_gpu: bool) -> None:
     """Raise Skipped where the peer cannot run here."""
     try:
@@ -84,21 +91,27 @@ def check_available(name: str, peer: Peer, on_gpu: bool) -> None:
 def run(report: Report, sizes: Sizes) -> None:
     clock = Clock(sizes.device, sizes.seconds)
     for case in sizes.heads:
-        x = cases.head_inputs(case, sizes.dtype, device=sizes.device)
-        logps, unit = true_unit_gradient(x, sizes.truth_rows)
-        truths = {False: x.grad_logps.double()[:, None] * unit, True: liger_coefficients(logps)[:, None] * unit}
-        del logps, unit
-        found = []
-        for name, peer in peers(sizes.compile_backend).items():
-            title = f"{case.name}: {name}"
-            if report.skips(title, NEEDED if sizes.on_gpu else 0.0):
-                continue
-            with report.case(title):
-                check_available(name, peer, sizes.on_gpu)
-                error = in_norm(peer.call(x), truths[peer.own_loss])
-                times, peak = clock.time(partial(peer.call, x)), clock.peak(partial(peer.call, x)) / MIB
-                report.add(title, gradient_error=error, peak_mib=peak, **times.figures())
-                if not error <= ALLOWED:
-                    report.fail(title, f"its gradient differs from float64's by {error:.1e} of its norm")
-                found.append(f"{name} {times.ms:.3g} ms {peak:,.0f} MiB {error:.0e}")
-        report.add(f"{case.name}: summary", headline=f"{case.name}, policy: {'; '.join(found)}")
+        _shape(report, sizes, clock, case)
+
+
+def _shape(report: Report, sizes: Sizes, clock: Clock, case: HeadCase) -> None:
+    """All peers on one shape, whose tensors are let go before the next one's are made."""
+    made = None
+    with report.case(f"{case.name}: inputs and truth"):
+        made = with_truths(case, sizes)
+    if made is None:
+        return
+    (x, truths), found = made, []
+    for name, peer in peers(sizes.compile_backend).items():
+        title = f"{case.name}: {name}"
+        if report.skips(title, NEEDED if sizes.on_gpu else 0.0):
+            continue
+        with report.case(title):
+            check_available(name, peer, sizes.on_gpu)
+            error = in_norm(peer.call(x), truths[peer.own_loss])
+            times, peak = clock.time(partial(peer.call, x)), clock.peak(partial(peer.call, x)) / MIB
+            report.add(title, gradient_error=error, peak_mib=peak, **times.figures())
+            if not error <= ALLOWED:
+                report.fail(title, f"its gradient differs from float64's by {error:.1e} of its norm")
+            found.append(f"{name} {times.ms:.3g} ms {peak:,.0f} MiB {error:.0e}")
+    report.add(f"{case.name}: summary", headline=f"{case.name}, policy: {'; '.join(found)}")

@@ -6,6 +6,7 @@ FLOPs of a tile: 2 · rows · columns · H. A plan of tiles costs the sum over t
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,25 +16,15 @@ from benchmarks.cases import HeadCase
 from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.sizes import Sizes
+from fastdpo.ops.head import Head
 
 #: Seconds of one tile's four products, allocation and warm-up included.
 NEEDED = 2.0
 
 
-def mm(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b, in out's dtype."""
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-
-
-def addmm(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out += a @ b, in out's dtype; every row and column is read and written once."""
-    if a.dtype == out.dtype:
-        out.addmm_(a, b)
-    else:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+def plain_head(weight: Tensor) -> Head:
+    """A head without options, for its products: the same calls as the tile loop's."""
+    return Head(weight, None, 1.0, 1.0, None, weight.dtype)
 
 
 def products(case: HeadCase, rows: int, columns: int, dtype: torch.dtype, device: str) -> dict[str, Callable[[], None]]:
@@ -44,10 +35,11 @@ def products(case: HeadCase, rows: int, columns: int, dtype: torch.dtype, device
     logits = torch.empty(rows, columns, dtype=dtype, device=device)
     tile = torch.empty(rows, columns, dtype=torch.float32, device=device)
     total = torch.zeros(rows, case.hidden, dtype=torch.float32, device=device)
+    head = plain_head(weight)
     return {
-        "logits": lambda: mm(hidden, weight.t(), logits),
-        "logits in float32": lambda: mm(hidden, weight.t(), tile),
-        "gradient added in float32": lambda: addmm(probs, weight, total),
+        "logits": partial(head.matmul, hidden, weight.t(), logits),
+        "logits in float32": partial(head.matmul, hidden, weight.t(), tile),
+        "gradient added in float32": partial(head.matmul_add, probs, weight, total),
     }
 
 

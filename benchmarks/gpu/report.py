@@ -16,6 +16,11 @@ from typing import Any
 
 #: A reason is a line of a table.
 REASON_LENGTH = 300
+#: What the first stage and the training stage say.
+NO_BITSANDBYTES = (
+    "bitsandbytes is not there, and the training stage's model is to be in its NF4. Run `make gpu-kit` where there is "
+    "a network and carry gpu/kit here."
+)
 
 
 class Skipped(Exception):
@@ -55,13 +60,18 @@ class Report:
 
     @contextmanager
     def case(self, name: str) -> Iterator[None]:
-        """An exception in here fails this case alone; Skipped says that there is nothing to measure."""
+        """An exception in here fails this case alone; Skipped says that there is nothing to measure.
+
+        Any exception: drivers, compilers and peers raise what they like (RuntimeError, OutOfMemoryError,
+        CompilationError, AssertionError, AttributeError, ...), each is reported with its traceback, and the cases
+        behind it may be all that the time on a card is for. An interrupt is none of them.
+        """
         self.write(begin=name, at=round(time.monotonic() - self.start, 1))
         try:
             yield
         except Skipped as reason:
             self.write(skipped=name, reason=str(reason))
-        except Exception as error:  # whatever a case on a card never seen may raise: the others still run
+        except Exception as error:
             traceback.print_exc()
             self.fail(name, last_line(error))
 

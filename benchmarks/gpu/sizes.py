@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import HeadCase
+from fastdpo.ops.tiles import MIN_WORKSPACE, WORKSPACE
 
 MIB = 2**20
 
@@ -16,7 +17,10 @@ MIB = 2**20
 class HeadCheck:
     """One comparison of `linear_logprob` with float64.
 
-    options: of the call. bias: with one. trained: what gets a gradient. ignored: none, some or all of the rows.
+    options: of the call. bias: with one. trained: what gets a gradient; nothing for a reference pass. ignored: none,
+    some or all of the rows. workspace: bytes of E. spread: standard deviation of the logits; from FLAGGED_SPREAD on
+    some rows are flagged, and computed anew. tf32: float32 products may be rounded to it. fused: by the fused product,
+    which is then the only way that is allowed.
     """
 
     name: str
@@ -29,28 +33,48 @@ class HeadCheck:
     stats: bool = False
     trained: tuple[str, ...] = ("hidden",)
     ignored: str = "none"
+    workspace: int = WORKSPACE
+    spread: float = 3.0
+    tf32: bool = False
+    fused: bool = False
 
 
-def head_checks(rows: int, hidden: int, vocab: int) -> tuple[HeadCheck, ...]:
-    """The list of GPU.md around one ragged shape."""
+#: Targets are at most LIFT_LIMIT·log 2 = 64 below the largest logit at a spread of 3, and some further at this one.
+FLAGGED_SPREAD = 60.0
+
+
+def head_checks(
+    shape: tuple[int, int, int], *, chunked: tuple[int, int, int], workspace: int, long_vocab: int
+) -> tuple[HeadCheck, ...]:
+    """What a card runs of the head: the fused product, which has most to show, then the separate fold.
+
+    shape: (rows, H, V), ragged, H divided by the depth of every tile. chunked: (rows, H, V) whose E takes several
+    chunks of `workspace` bytes; long_vocab: V of which a single row's takes several of the least workspace.
+    """
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    shape = (rows, hidden, vocab)
+    rows, hidden, vocab = shape
+    cap = {"softcap": 5.0}
     options = {"logit_scale": 0.3, "temperature": 0.7, "softcap": 5.0}
     return (
-        HeadCheck("bf16", *shape, bf16),
-        HeadCheck("fp16", *shape, fp16),
+        HeadCheck("bf16", *shape, bf16, fused=True),
+        HeadCheck("several chunks, bf16", *chunked, bf16, workspace=workspace, fused=True),
+        HeadCheck("one row in several chunks, bf16", 1, hidden, long_vocab, bf16, workspace=MIN_WORKSPACE, fused=True),
+        HeadCheck("flagged rows, bf16", *shape, bf16, spread=FLAGGED_SPREAD, fused=True),
+        HeadCheck("H that no depth divides, bf16", rows, hidden + 8, vocab, bf16, fused=True),
+        HeadCheck("no gradient, bf16", *shape, bf16, trained=(), fused=True),
+        HeadCheck("TF32", *shape, fp32, tf32=True, fused=True),
+        HeadCheck("softcap, bf16", *shape, bf16, cap, fused=True),
+        HeadCheck("bias, bf16", *shape, bf16, bias=True, fused=True),
+        HeadCheck("softcap, no gradient, fp16", *shape, fp16, cap, trained=(), fused=True),
+        HeadCheck("trained head, bf16", *shape, bf16, bias=True, trained=("hidden", "weight", "bias"), fused=True),
+        HeadCheck("every third row ignored, bf16", *shape, bf16, ignored="some", fused=True),
+        HeadCheck("all rows ignored, bf16", *shape, bf16, ignored="all", fused=True),
         HeadCheck("fp32", *shape, fp32),
-        HeadCheck("one row, bf16", 1, hidden, vocab, bf16),
-        HeadCheck("one row, fp32", 1, hidden, vocab, fp32),
-        HeadCheck("softcap, bf16", *shape, bf16, {"softcap": 5.0}),
-        HeadCheck("bias, bf16", *shape, bf16, bias=True),
+        HeadCheck("fp16", *shape, fp16),
         HeadCheck("statistics, bf16", *shape, bf16, stats=True),
         HeadCheck("all options and statistics, fp32", *shape, fp32, options, bias=True, stats=True, ignored="some"),
         HeadCheck("odd H, bf16", rows, hidden - 1, vocab, bf16),
-        HeadCheck("every third row ignored, bf16", *shape, bf16, ignored="some"),
-        HeadCheck("all rows ignored, bf16", *shape, bf16, ignored="all"),
-        HeadCheck("trained head, bf16", *shape, bf16, bias=True, trained=("hidden", "weight", "bias")),
-        HeadCheck("softcap, fp16", *shape, fp16, {"softcap": 5.0}),
+        HeadCheck("one row, fp32", 1, hidden, vocab, fp32),
     )
 
 
@@ -75,7 +99,7 @@ class TrainingShape:
 @dataclass(frozen=True)
 class Sizes:
     """Attributes:
-    device, dtype: of what is measured.
+    device, dtype: of what is measured. head_dtype: of the heads that are timed by plan, one that can be fused.
     backend: of the kernels that are checked.
     seconds: of one contender's runs, warm-up aside.
     poison: bytes of freed memory that is filled with NaN before a check.
@@ -87,11 +111,13 @@ class Sizes:
     compile_backend: of torch.compile.
     pairs: of the loss. replays: of its graph.
     pytest, environment: arguments and variables of the suite.
-    checks, losses, draws: of the correctness stage. heads: shapes. training: the last but one stage's.
+    checks, losses, draws, logits: of the correctness stage; logits is a shape (B, T, V).
+    heads: shapes. training: the last but one stage's.
     """
 
     device: str
     dtype: torch.dtype
+    head_dtype: torch.dtype
     backend: str
     seconds: float
     poison: int
@@ -100,6 +126,7 @@ class Sizes:
     checks: tuple[HeadCheck, ...]
     losses: tuple[str, ...]
     draws: int
+    logits: tuple[int, int, int]
     heads: tuple[HeadCase, ...]
     tiles: tuple[tuple[int, int], ...]
     chunk: int
@@ -124,14 +151,16 @@ CHECKED_LOSSES = ("sigmoid", "ipo", "exo_pair", "aot", "simpo")
 REAL = Sizes(
     device="cuda",
     dtype=torch.bfloat16,
+    head_dtype=torch.bfloat16,
     backend="triton",
     seconds=0.6,
     poison=4096 * MIB,
     copy=4096 * MIB,
     square=8192,
-    checks=head_checks(1025, 512, 50257),
+    checks=head_checks((1025, 512, 50257), chunked=(1025, 512, 50257), workspace=32 * MIB, long_vocab=50257),
     losses=CHECKED_LOSSES,
     draws=100_000,
+    logits=(2, 513, 50257),
     heads=(HeadCase(4096, 4096, 128256), HeadCase(4096, 896, 151936), HeadCase(8192, 2048, 128256)),
     tiles=((1024, 1024), (1024, 8192), (4096, 8192), (0, 32768), (0, 0)),
     chunk=32768,
@@ -155,18 +184,20 @@ REAL = Sizes(
 )
 
 #: Small enough for Triton's interpreter, which takes about a millisecond per program.
-#: H = 16: rows of whole 16 bytes, as the fused head asks for.
+#: H of the heads: rows of whole 16 bytes, as the fused head asks for; that of the checks is the interpreter's depth.
 TOY = Sizes(
     device="cpu",
     dtype=torch.float32,
+    head_dtype=torch.bfloat16,
     backend="triton",
     seconds=0.0,
     poison=MIB,
     copy=MIB,
     square=32,
-    checks=head_checks(5, 16, 101),
+    checks=head_checks((5, 32, 101), chunked=(40, 32, 1003), workspace=MIN_WORKSPACE, long_vocab=32773),
     losses=CHECKED_LOSSES,
     draws=300,
+    logits=(2, 4, 101),
     heads=(HeadCase(16, 16, 301),),
     tiles=((4, 32), (0, 0)),
     chunk=128,
