@@ -46,8 +46,8 @@ GUMBEL_ULPS = 4
 ATTENTION_ALLOWED = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (2.0**-7, 2.0**-6)}
 #: Blocks that the caching allocator hands out for small tensors, and how many of them are filled.
 SMALL_BLOCK, SMALL_BLOCKS = 2**20, 64
-#: 1 − p of a row whose likeliest token is 70 above the next.
-SMALLEST = 1e-30
+#: Of a confident row's gradient float64 itself, by p and not by 1 − p, keeps no more than 1e-12 of the weight.
+SMALLEST = 1e-8
 IGNORED = -100
 LABEL_SMOOTHING, BETA = 1e-3, 0.1
 
@@ -84,7 +84,7 @@ def largest(seen: Tensor, truth: Tensor, floor: float = 1.0) -> float:
 
 
 def in_norm(seen: Tensor, truth: Tensor) -> float:
-    """‖seen − truth‖ / ‖truth‖, ‖seen‖ where the truth is 0; a truth that float32 hardly holds counts as SMALLEST."""
+    """‖seen − truth‖ / ‖truth‖, ‖seen‖ where the truth is 0; a truth below SMALLEST counts as that."""
     gap, size = (seen.double() - truth.double()).norm(), truth.double().norm()
     return float(gap / size.clamp(min=SMALLEST)) if size else float(gap)
 

@@ -17,6 +17,8 @@ import torch
 
 from benchmarks.cases import HeadInputs
 from benchmarks.gpu.sizes import Sizes
+from fastdpo.ops.tiles import COLUMN_STEP
+from fastdpo.ops.tiles import COLUMN_STEP
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,9 @@ def tile_calls(x: HeadInputs, columns: int, *, store: bool) -> dict[str, Callabl
         hidden.new_empty(rows, dtype=torch.float32), hidden.new_empty(rows, dtype=torch.int32)
     )
     kernels.target_logits(hidden, x.weight, None, x.targets, reference)
-    options: dict[str, Any] = {"exps": hidden.new_empty(rows, columns), "reference": reference} if store else {}
+    # Tiles are stored whole, also the last one of a row
+    exps = hidden.new_empty(rows, -(-columns // COLUMN_STEP) * COLUMN_STEP)[:, :columns]
+    options: dict[str, Any] = {"exps": exps, "reference": reference} if store else {}
     calls: dict[str, Callable[[], object]] = {}
     for tile in dict.fromkeys((kernels.fused_tile(hidden, weight), *tiles.CANDIDATES)):
         tops, sums = hidden.new_empty(2, -(-columns // tile.columns), rows, dtype=torch.float32)
