@@ -1,6 +1,6 @@
 """What the head stage asks of the fused kernels: the one place that knows how they are called.
 
-`PLANS` are the environments and keywords under which the public `linear_logprob` is timed; `tile_calls` runs the GEMM
+`plans` are the environments and keywords under which the public `linear_logprob` is timed; `tile_calls` runs the GEMM
 with the fold in its epilogue alone, one call per candidate tile.
 """
 
@@ -17,7 +17,6 @@ import torch
 
 from benchmarks.cases import HeadInputs
 from benchmarks.gpu.sizes import Sizes
-from fastdpo.ops.tiles import COLUMN_STEP
 from fastdpo.ops.tiles import COLUMN_STEP
 
 
@@ -66,9 +65,10 @@ def tile_calls(x: HeadInputs, columns: int, *, store: bool) -> dict[str, Callabl
         hidden.new_empty(rows, dtype=torch.float32), hidden.new_empty(rows, dtype=torch.int32)
     )
     kernels.target_logits(hidden, x.weight, None, x.targets, reference)
-    # Tiles are stored whole, also the last one of a row
-    exps = hidden.new_empty(rows, -(-columns // COLUMN_STEP) * COLUMN_STEP)[:, :columns]
-    options: dict[str, Any] = {"exps": exps, "reference": reference} if store else {}
+    options: dict[str, Any] = {}
+    if store:  # tiles are written whole, also the last one of a row
+        exps = hidden.new_empty(rows, -(-columns // COLUMN_STEP) * COLUMN_STEP)[:, :columns]
+        options = {"exps": exps, "reference": reference}
     calls: dict[str, Callable[[], object]] = {}
     for tile in dict.fromkeys((kernels.fused_tile(hidden, weight), *tiles.CANDIDATES)):
         tops, sums = hidden.new_empty(2, -(-columns // tile.columns), rows, dtype=torch.float32)
