@@ -20,7 +20,7 @@ from fastdpo.ops import fused_head, linear_logprob_backends, tile_loop
 from fastdpo.ops.head import Head
 from fastdpo.ops.tiles import WORKSPACE, plan_fused
 from fastdpo_kernels import head_gemm, head_merge, head_tiles
-from fastdpo_kernels.head_gemm import LIFT_LIMIT, LogitScales, Partials
+from fastdpo_kernels.head_gemm import LIFT_LIMIT, LogitScales, Partials, Reference
 from fastdpo_kernels.head_tiles import INTERPRETED, TILES, Tile
 
 #: Error beyond plain torch's, relative to the largest value: of log-probs, of gradients.
@@ -515,6 +515,11 @@ def test_what_a_search_runs_is_a_product() -> None:
         ),
         ({"bias": torch.zeros(39)}, ValueError, r"bias has shape \(39,\)"),
         ({"exps": torch.zeros(4, 40).bfloat16()}, ValueError, "exps and reference go together"),
+        (
+            {"exps": torch.zeros(4, 40).bfloat16(), "reference": Reference(torch.zeros(4), torch.zeros(4).int())},
+            ValueError,
+            "exps has a row stride of 40 .*; whole tiles, 64 columns, are written",
+        ),
         ({"first_column": 8, "columns": 32}, ValueError, "a chunk begins at a multiple"),
         ({"partials": Partials(torch.zeros(1, 4), torch.zeros(1, 4), torch.zeros(4))}, ValueError, "needs 2 tiles"),
     ],
@@ -531,6 +536,24 @@ def test_operands_that_do_not_fit_are_refused(changes: dict[str, Any], error: ty
     }
     with pytest.raises(error, match=message):
         head_gemm.head_gemm(**(inputs | changes))
+
+
+def test_exponentials_are_written_in_whole_tiles_and_no_further() -> None:
+    """40 columns in tiles of 32: zeros up to 64, and what lies between the rows beyond that stays."""
+    data = problem(4, 8, 40, torch.float32)
+    reference = Reference(torch.empty(4), torch.empty(4, dtype=torch.int32))
+    head_gemm.target_logits(data["hidden"], data["weight"], None, data["targets"], reference)
+    buffer = torch.full((4, 70), 7.0)
+    partials = Partials(torch.empty(2, 4), torch.empty(2, 4), torch.empty(4))
+    head_gemm.head_gemm(
+        data["hidden"], data["weight"], None, data["targets"], partials, Tile(16, 32, 16, 4, 1),
+        exps=buffer[:, :40], reference=reference,
+    )  # fmt: skip
+    z = data["hidden"] @ data["weight"].t()
+    expected = (z - z.gather(1, data["targets"][:, None])).exp().scatter(1, data["targets"][:, None], 0.0)
+    torch.testing.assert_close(buffer[:, :40], expected, rtol=1e-5, atol=0.0)
+    assert (buffer[:, 40:64] == 0.0).all()
+    assert (buffer[:, 64:] == 7.0).all()
 
 
 def test_merging_checks_what_it_gets() -> None:

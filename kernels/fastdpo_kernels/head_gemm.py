@@ -77,9 +77,8 @@ PLAIN = LogitScales()
 # Kernels
 
 
-# Sizes that change from call to call: one compiled kernel serves them all. Not `columns`, whose multiples of 16 let E
-# leave in whole vectors
-@triton.jit(do_not_specialize=["rows", "hidden_units"])
+# Sizes that change from call to call: one compiled kernel serves them all
+@triton.jit(do_not_specialize=["rows", "columns", "hidden_units"])
 def _head_gemm_kernel(
     hidden_ptr: tl.tensor,
     weight_ptr: tl.tensor,
@@ -165,7 +164,7 @@ def _head_gemm_kernel(
     top = tl.max(z, axis=1)
     # A tile without a finite logit has top = −∞: its exponentials then refer to 0, and vanish
     centre = tl.where(top == -float("inf"), 0.0, top)
-    exps = tl.where(at_target, 0.0, tl.exp2(z - centre[:, None]))
+    exps = tl.exp2(tl.where(at_target, -float("inf"), z - centre[:, None]))
     partial = (first_column // BLOCK_N + pid_n).to(tl.int64) * rows + row
     tl.store(tops_ptr + partial, top, mask=inside_row)
     tl.store(sums_ptr + partial, tl.sum(exps, axis=1), mask=inside_row)
@@ -177,7 +176,8 @@ def _head_gemm_kernel(
         if CAPPED:  # x is the tanh: its own derivative would be 64 more numbers alive, and spill
             exps *= 1.0 - x * x
         out = exps_ptr + first_row.to(tl.int64) * stride_exps + first + (r[:, None] * stride_exps + c[None, :])
-        tl.store(out, exps.to(exps_ptr.dtype.element_ty), mask=inside_row[:, None] & inside_column[None, :])
+        # Zeros in the columns beyond the end: a mask of any length would split the stores into single elements
+        tl.store(out, exps.to(exps_ptr.dtype.element_ty), mask=inside_row[:, None])
 
 
 @triton.jit
@@ -237,9 +237,10 @@ def fused_tile(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, scale
         partials = Partials(sums[0], sums[1], hidden.new_empty(rows, dtype=torch.float32))
         reference = Reference(hidden.new_zeros(rows, dtype=torch.float32), hidden.new_zeros(rows, dtype=torch.int32))
         targets = torch.zeros(rows, dtype=torch.int64, device=hidden.device)
+        exps = hidden.new_empty(rows, sums.shape[1] * tile.columns)[:, :columns]
         head_gemm(
             states, weight, bias, targets, partials, tile,
-            columns=columns, exps=hidden.new_empty(rows, columns), reference=reference, scales=scales,
+            columns=columns, exps=exps, reference=reference, scales=scales,
         )  # fmt: skip
 
     adjusted = bias is not None or scales.softcap is not None
@@ -298,7 +299,8 @@ def head_gemm(
         partials: takes the sums of the tiles from first_column / tile.columns on.
         first_column: a multiple of tile.columns.
         tile: of `fused_tile`.
-        exps: (R, columns), takes E in its dtype; with it `reference` must be given.
+        exps: (R, columns), takes E in its dtype; with it `reference` must be given. Its rows lie apart by whole tiles,
+            which are written, or more.
 
     Raises:
         ValueError, TypeError: a shape, stride or dtype that does not fit, named.
@@ -328,6 +330,13 @@ def head_gemm(
             f"first_column={first_column} and tops of {partials.tops.shape[0]} tiles do not fit {columns} columns in "
             f"tiles of {tile.columns}: a chunk begins at a multiple of it and needs {tiles} tiles from there on."
         )
+    if exps is not None:
+        room = exps.untyped_storage().nbytes() // exps.itemsize - exps.storage_offset() - (rows - 1) * exps.stride(0)
+        if min(room, exps.stride(0)) < tiles * tile.columns:
+            raise ValueError(
+                f"exps has a row stride of {exps.stride(0)} and {room} elements from its last row on; whole tiles, "
+                f"{tiles * tile.columns} columns, are written."
+            )
     estimate, flags = (None, None) if reference is None else reference
     _head_gemm_kernel[(triton.cdiv(rows, tile.rows) * tiles,)](
         hidden, weight, bias, targets, estimate, *partials, exps, flags,
