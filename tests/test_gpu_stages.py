@@ -336,6 +336,12 @@ def test_longest_is_found_to_its_step() -> None:
         assert len(tried) < 12
 
 
+def test_the_search_for_the_longest_ends_in_time() -> None:
+    """Three tries: 64, 128, 256 fit; what was found by then stands."""
+    left = iter([True, True, True])
+    assert training.longest(lambda tokens: True, 2048, lambda: next(left, False)) == 256
+
+
 def test_turns_wait_for_the_device() -> None:
     events: list[str] = []
     timing.interleave(

@@ -70,6 +70,8 @@ class Error(NamedTuple):
 def poison(device: str, size: int) -> None:
     """Fill freed memory with NaN, `size` bytes of it in one block and some small blocks, so that whatever a kernel does
     not write shows. A CUDA allocator hands exactly these out next; a CPU's may."""
+    if device != "cpu":  # or blocks that the last check has freed are handed out before these
+        torch.cuda.empty_cache()
     large = torch.full((size // 4,), float("nan"), device=device)
     small = [torch.full((SMALL_BLOCK // 4,), float("nan"), device=device) for _ in range(SMALL_BLOCKS)]
     del large, small

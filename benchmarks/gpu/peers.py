@@ -22,8 +22,12 @@ from benchmarks.gpu.sizes import MIB, Sizes
 
 #: Seconds of one peer at one shape, compilation included.
 NEEDED = 6.0
+#: Of those that compile anew for every shape. Estimated.
+COMPILING = {"full logits, torch.compile": 20.0, "Liger": 20.0}
 #: What counts as the same gradient: the coarsest peer sums 16-bit logits.
 ALLOWED = 0.2
+#: Of our own: E and the gradient in 16 bits; a chunk of the vocabulary that is lost costs ten times as much.
+OWN_ALLOWED = 2.0**-7
 SEQUENCES, BETA = 8, 0.1
 
 
@@ -104,14 +108,14 @@ def _shape(report: Report, sizes: Sizes, clock: Clock, case: HeadCase) -> None:
     (x, truths), found = made, []
     for name, peer in peers(sizes.compile_backend).items():
         title = f"{case.name}: {name}"
-        if report.skips(title, NEEDED if sizes.on_gpu else 0.0):
+        if report.skips(title, COMPILING.get(name, NEEDED) if sizes.on_gpu else 0.0):
             continue
         with report.case(title):
             check_available(name, peer, sizes.on_gpu)
             error = in_norm(peer.call(x), truths[peer.own_loss])
             times, peak = clock.time(partial(peer.call, x)), clock.peak(partial(peer.call, x)) / MIB
             report.add(title, gradient_error=error, peak_mib=peak, **times.figures())
-            if not error <= ALLOWED:
+            if not error <= (OWN_ALLOWED if name == "fastdpo" else ALLOWED):
                 report.fail(title, f"its gradient differs from float64's by {error:.1e} of its norm")
             found.append(f"{name} {times.ms:.3g} ms {peak:,.0f} MiB {error:.0e}")
     report.add(f"{case.name}: summary", headline=f"{case.name}, policy: {'; '.join(found)}")

@@ -41,6 +41,8 @@ from fastdpo.training.model import lora_config
 LOGPS_ALLOWED = {torch.bfloat16: 5e-2, torch.float32: 1e-4}
 #: Seconds that a part needs, or it is left out.
 NEEDED = {"logps": 10.0, "fastdpo": 15.0, "trl": 20.0, "longest": 20.0}
+#: Seconds that the search for the longest pair leaves for the estimate's figures.
+RESERVE = 8.0
 #: Tokens to which the longest pair is found.
 TOKEN_STEP = 64
 ESTIMATE = "import sys; from fastdpo.cli import main; sys.exit(main())"
@@ -81,6 +83,8 @@ class Bench:
             "disable_tqdm": True,
             "use_cpu": not on_gpu,
             "bf16": on_gpu,
+            # Alike for all, and without the managed memory of paged states
+            "optim": "adamw_torch_fused" if on_gpu else "adamw_torch",
         }
         trainer = TRAINERS[kind](
             llama.build(self.config, self.chosen, self.sizes.device),
@@ -271,7 +275,8 @@ def report_estimate(report: Report, process: subprocess.Popen[str], seconds: flo
     }
     report.add(
         "estimate",
-        headline=f"estimate of the DPO run: peak {document['peak_bytes'] / MIB:,.0f} MiB; longest pair in tokens: "
+        headline=f"estimate of the DPO run, with 8-bit AdamW: peak {document['peak_bytes'] / MIB:,.0f} MiB; "
+        + "longest pair in tokens: "
         + ", ".join(f"{card} {tokens}" for card, tokens in longest_pairs.items()),
         peak_mib=document["peak_bytes"] / MIB,
         parts=document["parts"],
@@ -300,13 +305,15 @@ def longest_pairs(report: Report, bench: Bench) -> None:
                     raise Skipped(f"this card has {total / 1e9:.0f} GB")
                 torch.cuda.set_per_process_memory_fraction(limit / total)
             try:
-                tokens = longest(fits(trainer), bench.shape.longest)
+                in_time = partial(_in_time, report)
+                tokens = longest(fits(trainer), bench.shape.longest, in_time)
             finally:
                 if bench.sizes.on_gpu:
                     torch.cuda.set_per_process_memory_fraction(1.0)
             pair = of_tokens(tokens)
             text = f"{tokens:,} tokens, prompt and completion {pair.prompt + pair.completion:,}"
-            more = " (the search ends there)" if tokens == bench.shape.longest else ""
+            ended = tokens == bench.shape.longest or not in_time()
+            more = " at least (the search ends there)" if ended else ""
             report.add(name, headline=f"{name}: {text}{more}", tokens=tokens, length=pair.prompt + pair.completion)
 
 
@@ -315,12 +322,18 @@ def of_tokens(tokens: int) -> PairShape:
     return PairShape(tokens // 3, (tokens - tokens // 3) // 2)
 
 
-def longest(attempt: Callable[[int], bool], cap: int) -> int:
-    """The most tokens up to `cap` for which `attempt` is true, to TOKEN_STEP; 0 where not even that many are."""
+def _in_time(report: Report) -> bool:
+    """Whether the stage has time for one more try, and for what is reported after the last one."""
+    return report.left() > RESERVE
+
+
+def longest(attempt: Callable[[int], bool], cap: int, in_time: Callable[[], bool] = lambda: True) -> int:
+    """The most tokens up to `cap` for which `attempt` is true, to TOKEN_STEP, or as far as `in_time` lets it come; 0
+    where not even that many are."""
     fit, fail = 0, TOKEN_STEP
-    while fail <= cap and attempt(fail):
+    while fail <= cap and in_time() and attempt(fail):
         fit, fail = fail, min(2 * fail, cap) if fail < cap else cap + 1
-    while fit and fail - fit > TOKEN_STEP and fit < cap:
+    while fit and fail - fit > TOKEN_STEP and fit < cap and in_time():
         middle = (fit + fail) // 2
         fit, fail = (middle, fail) if attempt(middle) else (fit, middle)
     return fit
