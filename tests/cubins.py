@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,6 +74,14 @@ def measure(compiled: Any) -> dict[str, int]:
         "wide_stores": len(re.findall(r"\bSTG\.\S*128\b", code)),
         **counts,
     }
+
+
+def printed_by(file: str) -> Any:
+    """The JSON that a test module prints as a command, in a process whose kernels are compiled."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, file], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def _run(*command: str | Path) -> str:

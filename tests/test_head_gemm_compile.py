@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
-from cubins import ARCHITECTURES, compile_kernel, measure
+from cubins import ARCHITECTURES, compile_kernel, measure, printed_by
 
 from fastdpo_kernels.head_tiles import TILES
 
@@ -98,10 +95,7 @@ def resident_blocks(registers: int, warps: int, shared: int, architecture: int) 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict[str, int]]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    process = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout)
+    return printed_by(__file__)
 
 
 @pytest.mark.slow

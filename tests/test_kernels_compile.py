@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import pkgutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from cubins import ARCHITECTURES, compile_kernel, measure
+from cubins import ARCHITECTURES, compile_kernel, measure, printed_by
 
 import fastdpo_kernels
 
@@ -234,10 +231,7 @@ def compile_all() -> dict[str, dict[str, int]]:
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict[str, int]]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    process = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout)
+    return printed_by(__file__)
 
 
 def test_every_kernel_is_listed() -> None:
