@@ -26,7 +26,7 @@ def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     for tensor in tensors:
         starts.append(size)
         size += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
-    packed = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
+    packed = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
     for start, tensor in zip(starts, tensors, strict=True):
         _view(packed, start, tensor).copy_(tensor)
     there = packed.to(device, non_blocking=True)

@@ -78,8 +78,7 @@ def _fill(seed: int, step: int | Tensor, n: int, device: torch.device | str | No
     if step.dim() != 0 or step.dtype != torch.int64:
         raise ValueError(f"step must be an int or a 0-D int64 tensor, got shape {tuple(step.shape)}, {step.dtype}.")
     out = torch.empty(n, dtype=torch.float32, device=device)
-    with torch.cuda.device_of(out):  # Triton launches on the current device, whatever its arguments are on
-        _noise_kernel[(triton.cdiv(n, _BLOCK),)](out, step, seed, n, GUMBEL=gumbel_draws, BLOCK=_BLOCK)
+    _noise_kernel[(triton.cdiv(n, _BLOCK),)](out, step, seed, n, GUMBEL=gumbel_draws, BLOCK=_BLOCK)
     return out
 
 
