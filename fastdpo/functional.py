@@ -94,7 +94,7 @@ def linear_logprob(
         resolve_backend(backend, hidden.device, torch.promote_types(hidden.dtype, weight.dtype)),
     )
     if rows is not None:
-        logps, values = _spread(logps, rows, targets.numel()), _spread(values.t(), rows, targets.numel()).t()
+        logps, values = spread_rows(logps, rows, targets.numel()), spread_rows(values.t(), rows, targets.numel()).t()
     logps = logps.view(targets.shape)
     if not stats:
         return logps
@@ -114,7 +114,7 @@ def scored_rows(targets: Tensor, vocab_size: int, ignore_index: int | None) -> T
     return (targets != ignore_index).nonzero().squeeze(1)
 
 
-def _spread(values: Tensor, rows: Tensor, count: int) -> Tensor:
+def spread_rows(values: Tensor, rows: Tensor, count: int) -> Tensor:
     """(R, ...) → (count, ...), 0 in the other rows."""
     return values.new_zeros(count, *values.shape[1:]).index_copy(0, rows, values)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastdpo.checks import check_head_options, check_loss_options
 from fastdpo.dynamic_beta import DynamicBeta
-from fastdpo.functional import linear_logprob, scored_rows
+from fastdpo.functional import linear_logprob, scored_rows, spread_rows
 from fastdpo.losses import LossTerm
 from fastdpo.ops.linear_logprob import check_head_tensors
 from fastdpo.preference import Reduction, preference_loss
@@ -61,7 +61,7 @@ class _HeadOptions(NamedTuple):
         states, own = hidden.flatten(0, 1).index_select(0, rows), targets.flatten().index_select(0, rows)
         logps = linear_logprob(states, weight, own, bias=bias, **options)
         assert isinstance(logps, Tensor)
-        return logps.new_zeros(targets.numel()).index_copy(0, rows, logps).view(targets.shape)
+        return spread_rows(logps, rows, targets.numel()).view(targets.shape)
 
 
 class _Reference(NamedTuple):
