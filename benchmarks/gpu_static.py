@@ -2,7 +2,7 @@
 
     python -m benchmarks gpu_static --json
 
-A head call is policy forward and backward, and reference, through the fused product (`fastdpo.ops.fused_head`), with
+A head call is policy forward and backward, and reference, through the fused product (`ops.linear_logprob.fused`), with
 every row scored (ignore_index=None): finding ignored rows takes some launches more, and one wait.
     device time   2 fused products at `main_loop` of the bare GEMMs' rate, E W at that rate, and all bytes but the
                   reading of hidden states and weight at the memory's bandwidth, as if no epilogue hid behind a product
@@ -25,8 +25,8 @@ from benchmarks.cases import HeadCase
 from benchmarks.launches import Counts
 from benchmarks.report import Figure, at_most
 from benchmarks.settings import Settings
-from fastdpo.ops.tiles import WORKSPACE, plan_fused
-from fastdpo_kernels.head_tiles import listed
+from fastdpo.ops.linear_logprob.tiles import WORKSPACE, plan_fused
+from fastdpo_kernels.linear_logprob.tiles import listed
 
 TITLE = "gpu_static: a MODEL of 16-bit heads on GPUs, from counted launches, bytes and FLOPs, never measured"
 #: Seconds of host per launch: a Triton grid with about 20 arguments from eager Python; mm and addmm. Estimated.

@@ -23,7 +23,7 @@ from triton.runtime.interpreter import GridExecutor
 
 import fastdpo
 from fastdpo.ops import registry
-from fastdpo.ops.tiles import COLUMN_STEP, MIN_WORKSPACE
+from fastdpo.ops.linear_logprob.tiles import COLUMN_STEP, MIN_WORKSPACE
 
 _ATEN = torch.ops.aten
 _PRODUCTS = {_ATEN.mm, _ATEN.addmm, _ATEN.addmm_, _ATEN.bmm}
@@ -121,7 +121,7 @@ def count_head(chunks: int) -> Counts:
         return logps
 
     # Which looks at the targets on a CPU only
-    with mock.patch("fastdpo.ops.linear_logprob_backends.check_targets"), counting_launches() as counts:
+    with mock.patch("fastdpo.ops.linear_logprob.backends.check_targets"), counting_launches() as counts:
         score(leaf).backward(grad)
         with torch.no_grad():
             score(hidden)

@@ -20,7 +20,7 @@ from benchmarks.cases import HeadCase
 from benchmarks.contenders import POLICY_HEADS
 from benchmarks.report import Figure, at_most
 from benchmarks.settings import Settings
-from fastdpo.ops.tiles import plan_tiles
+from fastdpo.ops.linear_logprob.tiles import plan_tiles
 
 TITLE = "memory: peak of policy forward + backward above the inputs (hidden.grad, N × H, is part of it)"
 MIB = 2**20

@@ -29,9 +29,9 @@ from benchmarks.memory import reset_peak, status
 from benchmarks.training_cases import TrainingCase, preference_ids, set_lora
 from fastdpo import FastDPOConfig, FastDPOTrainer
 from fastdpo.demo.smollm2 import prepare_model
-from fastdpo.training import layout_choice
-from fastdpo.training.config import ModelConfig
-from fastdpo.training.model import load_model, load_tokenizer, lora_config
+from fastdpo.training.models.loading import load_model, load_tokenizer, lora_config
+from fastdpo.training.options.config import ModelConfig
+from fastdpo.training.rows import choice as layout_choice
 
 LEARNING_RATE = 1e-4
 

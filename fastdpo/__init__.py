@@ -8,30 +8,30 @@ from typing import TYPE_CHECKING, Any
 from fastdpo.version import __version__
 
 if TYPE_CHECKING:
-    from fastdpo.backends import backends
     from fastdpo.data import load_preferences, tokenize_preferences
-    from fastdpo.dynamic_beta import DynamicBeta
-    from fastdpo.functional import linear_logprob, preference_loss, selective_logprob, token_preference_loss
-    from fastdpo.linear_preference import linear_preference_loss
-    from fastdpo.modules import FusedLinearDPOLoss
-    from fastdpo.reference import PreferenceOutput
-    from fastdpo.training.config import FastDPOConfig
+    from fastdpo.formulas.oracle import PreferenceOutput
+    from fastdpo.loss.dynamic_beta import DynamicBeta
+    from fastdpo.loss.linear_preference import linear_preference_loss
+    from fastdpo.loss.logprobs import linear_logprob, preference_loss, selective_logprob, token_preference_loss
+    from fastdpo.loss.modules import FusedLinearDPOLoss
+    from fastdpo.ops.backends import backends
+    from fastdpo.training.options.config import FastDPOConfig
     from fastdpo.training.trainer import FastDPOTrainer
 
 #: public name → module. Loaded on first use: the loss functions need torch only, the trainer all of transformers.
 _EXPORTS = {
-    "DynamicBeta": "fastdpo.dynamic_beta",
-    "FastDPOConfig": "fastdpo.training.config",
+    "DynamicBeta": "fastdpo.loss.dynamic_beta",
+    "FastDPOConfig": "fastdpo.training.options.config",
     "FastDPOTrainer": "fastdpo.training.trainer",
-    "FusedLinearDPOLoss": "fastdpo.modules",
-    "PreferenceOutput": "fastdpo.reference",
-    "backends": "fastdpo.backends",
-    "linear_logprob": "fastdpo.functional",
-    "linear_preference_loss": "fastdpo.linear_preference",
+    "FusedLinearDPOLoss": "fastdpo.loss.modules",
+    "PreferenceOutput": "fastdpo.formulas.oracle",
+    "backends": "fastdpo.ops.backends",
+    "linear_logprob": "fastdpo.loss.logprobs",
+    "linear_preference_loss": "fastdpo.loss.linear_preference",
     "load_preferences": "fastdpo.data",
-    "preference_loss": "fastdpo.functional",
-    "selective_logprob": "fastdpo.functional",
-    "token_preference_loss": "fastdpo.functional",
+    "preference_loss": "fastdpo.loss.logprobs",
+    "selective_logprob": "fastdpo.loss.logprobs",
+    "token_preference_loss": "fastdpo.loss.logprobs",
     "tokenize_preferences": "fastdpo.data",
 }
 

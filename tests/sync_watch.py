@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastdpo import rng
+from fastdpo.formulas import rng
 
 REPOSITORY = Path(__file__).parent.parent
 #: Functions that look at values on a CPU only, as a condition in each of them says.

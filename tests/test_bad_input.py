@@ -24,11 +24,11 @@ from transformers import (
 
 import fastdpo
 from fastdpo import FastDPOTrainer
-from fastdpo.training import option_checks
-from fastdpo.training.config import REFUSED, FastDPOConfig, ModelConfig
-from fastdpo.training.model import load_adapter, load_causal_lm, quantization_config
-from fastdpo.training.nonfinite import NONFINITE_FILE, NonFiniteLossError
-from fastdpo.training.option_checks import automatic_optimizer
+from fastdpo.training.models.loading import load_adapter, load_causal_lm, quantization_config
+from fastdpo.training.options import checks as option_checks
+from fastdpo.training.options.checks import automatic_optimizer
+from fastdpo.training.options.config import REFUSED, FastDPOConfig, ModelConfig
+from fastdpo.training.runs.nonfinite import NONFINITE_FILE, NonFiniteLossError
 
 OPTIONS = {
     "unknown loss": ({"loss_type": ["sigmoud"]}, r"loss_type=\['sigmoud'\] is unknown; choose among sigmoid, "),

@@ -13,9 +13,9 @@ import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from fastdpo.cli import COMMANDS, main
-from fastdpo.options import OptionError, make_parser, parse
-from fastdpo.training.config import DataConfig, FastDPOConfig, ModelConfig
+from fastdpo.commands.cli import COMMANDS, main
+from fastdpo.commands.options import OptionError, make_parser, parse
+from fastdpo.training.options.config import DataConfig, FastDPOConfig, ModelConfig
 
 
 @pytest.fixture

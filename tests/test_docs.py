@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from fastdpo.options import make_parser, parse
-from fastdpo.training.config import DataConfig, FastDPOConfig, ModelConfig
+from fastdpo.commands.options import make_parser, parse
+from fastdpo.training.options.config import DataConfig, FastDPOConfig, ModelConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

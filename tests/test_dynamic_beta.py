@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastdpo
-from fastdpo.dynamic_beta import DynamicBeta
-from fastdpo.reference import BetaPlan, BetaState, dynamic_beta, gumbel_top_k, preference_loss
-from fastdpo.rng import gumbel
+from fastdpo.formulas.oracle import BetaPlan, BetaState, dynamic_beta, gumbel_top_k, preference_loss
+from fastdpo.formulas.rng import gumbel
+from fastdpo.loss.dynamic_beta import DynamicBeta
 
 # Three batches of two pairs, β0 = 0.1, α = 0.6, m = 0.9. std is |a − b|/√2.
 #   M            mean  std      M0                        σ

@@ -17,7 +17,8 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
-from fastdpo.cli import main
+from fastdpo.commands.cli import main
+from fastdpo.commands.estimate import Estimate, EstimateConfig
 from fastdpo.estimate.activations import (
     ConfigCounter,
     PairShape,
@@ -28,15 +29,14 @@ from fastdpo.estimate.activations import (
     micro_batch,
 )
 from fastdpo.estimate.architectures import find_config, known_architectures
-from fastdpo.estimate.command import Estimate, EstimateConfig
 from fastdpo.estimate.devices import GPUS
 from fastdpo.estimate.memory import MemoryEstimator, Run, Surroundings
 from fastdpo.estimate.skeleton import Skeleton, is_4bit, quantization_constants, resident_bytes
 from fastdpo.estimate.timing import time_micro_batch
-from fastdpo.estimate.tracking import LiveBytes, flash_backward_workspace, gemm_4bit_workspace
-from fastdpo.training.config import ModelConfig
-from fastdpo.training.memory_plan import checkpointing_name, enable_checkpointing
-from fastdpo.training.model import lora_config
+from fastdpo.training.memory.counting import LiveBytes, flash_backward_workspace, gemm_4bit_workspace
+from fastdpo.training.memory.plan import checkpointing_name, enable_checkpointing
+from fastdpo.training.models.loading import lora_config
+from fastdpo.training.options.config import ModelConfig
 
 NF4 = BitsAndBytesConfig(
     load_in_4bit=True,
@@ -321,7 +321,7 @@ def test_command_says_what_it_cannot_use(
 def fastdpo(*argv: str) -> str:
     """What the command prints, in a process of its own."""
     environment = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "TRITON_INTERPRET")}
-    command = [sys.executable, "-m", "fastdpo.cli", *argv]
+    command = [sys.executable, "-m", "fastdpo.commands.cli", *argv]
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
 
 

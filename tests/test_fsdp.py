@@ -19,7 +19,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from fastdpo.training.sharded import check_plugin
+from fastdpo.training.models.sharded import check_plugin
 
 WORKER = Path(__file__).with_name("fsdp_worker.py")
 SGD = {"max_steps": 5, "optim": "sgd", "learning_rate": 0.05}

@@ -15,13 +15,17 @@ import torch
 from torch import Tensor
 
 import fastdpo
-from fastdpo import reference
-from fastdpo.ops import fused_head, linear_logprob_backends, tile_loop
-from fastdpo.ops.head import Head
-from fastdpo.ops.tiles import WORKSPACE, plan_fused
-from fastdpo_kernels import head_gemm, head_merge, head_tiles
-from fastdpo_kernels.head_gemm import LIFT_LIMIT, LogitScales, Partials, Reference
-from fastdpo_kernels.head_tiles import INTERPRETED, TILES, Tile
+from fastdpo.formulas import oracle
+from fastdpo.ops.linear_logprob import backends as linear_logprob_backends
+from fastdpo.ops.linear_logprob import fused as fused_head
+from fastdpo.ops.linear_logprob import tile_loop
+from fastdpo.ops.linear_logprob.head import Head
+from fastdpo.ops.linear_logprob.tiles import WORKSPACE, plan_fused
+from fastdpo_kernels.linear_logprob import gemm as head_gemm
+from fastdpo_kernels.linear_logprob import merge as head_merge
+from fastdpo_kernels.linear_logprob import tiles as head_tiles
+from fastdpo_kernels.linear_logprob.gemm import LIFT_LIMIT, LogitScales, Partials, Reference
+from fastdpo_kernels.linear_logprob.tiles import INTERPRETED, TILES, Tile
 
 #: Error beyond plain torch's, relative to the largest value: of log-probs, of gradients.
 SLACK = {torch.float32: (1e-6, 2e-6), torch.bfloat16: (1e-6, 2**-7), torch.float16: (1e-6, 2**-10)}
@@ -71,7 +75,7 @@ def exact(data: dict[str, Tensor], *, biased: bool = False, **options: Any) -> t
     hidden = data["hidden"].double().requires_grad_()
     bias = data["bias"].double() if biased else None
     options.pop("workspace", None)
-    logps = reference.linear_logprob(hidden, data["weight"].double(), data["targets"], bias=bias, **options)
+    logps = oracle.linear_logprob(hidden, data["weight"].double(), data["targets"], bias=bias, **options)
     (gradient,) = torch.autograd.grad(logps, hidden, data["grad"].double())
     return logps.detach(), gradient
 
@@ -271,7 +275,7 @@ def test_ignored_rows_reach_no_product(dtype: torch.dtype) -> None:
 
 def test_targets_outside_the_vocabulary_become_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where nothing checks them: at 2**40 rows away any read would end the process."""
-    for module in ("fastdpo.functional", "fastdpo.ops.linear_logprob_backends"):
+    for module in ("fastdpo.loss.logprobs", "fastdpo.ops.linear_logprob.backends"):
         monkeypatch.setattr(f"{module}.check_targets", lambda *_: None)
     data = problem(6, 16, 50, torch.float32)
     truth = exact(data)
@@ -307,8 +311,8 @@ def test_parts_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     not bitwise."""
     data = problem(35, 16, 90, torch.float32)
     whole = ours(data)
-    monkeypatch.setattr("fastdpo.ops.tiles.FUSED_ROWS", 32)
-    monkeypatch.setattr("fastdpo.ops.tiles.FUSED_ROWS_WITHOUT_GRADIENT", 32)
+    monkeypatch.setattr("fastdpo.ops.linear_logprob.tiles.FUSED_ROWS", 32)
+    monkeypatch.setattr("fastdpo.ops.linear_logprob.tiles.FUSED_ROWS_WITHOUT_GRADIENT", 32)
     assert plan_fused(35, 90, 4, WORKSPACE, unit_gradient=True).rows == 32
     for found, expected in zip(ours(data), whole, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
@@ -328,7 +332,7 @@ def test_trained_heads_take_the_log_normalizers() -> None:
     logps = fastdpo.linear_logprob(leaves[0], leaves[1], data["targets"], bias=leaves[2], backend="triton")
     found = torch.autograd.grad(logps, leaves, data["grad"])
     exact_leaves = [data[name].double().requires_grad_() for name in ("hidden", "weight", "bias")]
-    truth = reference.linear_logprob(exact_leaves[0], exact_leaves[1], data["targets"], bias=exact_leaves[2])
+    truth = oracle.linear_logprob(exact_leaves[0], exact_leaves[1], data["targets"], bias=exact_leaves[2])
     for one, other in zip(found, torch.autograd.grad(truth, exact_leaves, data["grad"].double()), strict=True):
         assert (one - other).abs().max() <= 2**-6 * other.abs().max()
 
@@ -398,7 +402,7 @@ def test_statistics_are_served_beside_it_and_the_log_says_so(
     logps, stats = fastdpo.linear_logprob(
         data["hidden"], data["weight"], data["targets"], backend="triton", stats=STATS
     )
-    truth, expected = reference.linear_logprob(
+    truth, expected = oracle.linear_logprob(
         data["hidden"].double(), data["weight"].double(), data["targets"], stats=STATS
     )
     torch.testing.assert_close(logps.double(), truth, rtol=0.0, atol=1e-5)

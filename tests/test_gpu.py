@@ -17,9 +17,10 @@ from benchmarks.gpu import checks
 from benchmarks.gpu.checks import Error
 from benchmarks.gpu.loss import Step, captured
 from benchmarks.gpu.sizes import REAL, TOY, HeadCheck, Sizes
-from fastdpo.losses import LOSSES
-from fastdpo.ops.tiles import plan_fused
-from fastdpo_kernels import head_gemm, head_tiles
+from fastdpo.formulas.losses import LOSSES
+from fastdpo.ops.linear_logprob.tiles import plan_fused
+from fastdpo_kernels.linear_logprob import gemm as head_gemm
+from fastdpo_kernels.linear_logprob import tiles as head_tiles
 
 DEVICES = [pytest.param(TOY, id="cpu"), pytest.param(REAL, id="cuda", marks=pytest.mark.gpu)]
 HEADS = [pytest.param(s, check, id=f"{s.device}-{check.name}", marks=[pytest.mark.gpu] * s.on_gpu)
@@ -133,8 +134,8 @@ def test_a_check_of_the_fused_product_takes_nothing_else(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("target", "name", "wrong"),
     [
-        ("fastdpo.ops.head.Head.matmul_add", "several chunks, bf16", {"gradient of hidden"}),
-        ("fastdpo_kernels.head_merge.rescue_", "flagged rows, bf16",
+        ("fastdpo.ops.linear_logprob.head.Head.matmul_add", "several chunks, bf16", {"gradient of hidden"}),
+        ("fastdpo_kernels.linear_logprob.merge.rescue_", "flagged rows, bf16",
          {"gradient of hidden", "gradient of hidden, flagged rows", "values that differ in a second run"}),
     ],
 )  # fmt: skip

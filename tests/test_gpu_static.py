@@ -13,8 +13,8 @@ import torch
 
 from benchmarks import gpu_static, launches
 from benchmarks.cases import HeadCase
-from fastdpo.ops.linear_logprob import linear_logprob
-from fastdpo.ops.tiles import WORKSPACE
+from fastdpo.ops.linear_logprob.operators import linear_logprob
+from fastdpo.ops.linear_logprob.tiles import WORKSPACE
 
 ROOT = Path(__file__).parent.parent
 FIELDS = {"card", "rows", "hidden", "vocab", "launches", "bytes_per_logit", "predicted_ms", "bare_ms", "ratio"}
@@ -45,7 +45,7 @@ def test_launches_do_not_grow_with_rows() -> None:
     """By hand, with one chunk: target logits, product, merge, rescue, and two grids of the reference; E W; the scaling.
     The casts are those by which a CPU multiplies E and its slice of the weight."""
     expected = launches.Counts(grids=6, products=1, others=1, allocations=10, casts=2)
-    with mock.patch("fastdpo.ops.linear_logprob.SCALE_ROWS", 16):
+    with mock.patch("fastdpo.ops.linear_logprob.operators.SCALE_ROWS", 16):
         assert launches.count_head(1) == expected
 
 

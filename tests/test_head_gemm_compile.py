@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from cubins import ARCHITECTURES, compile_kernel, measure, printed_by
 
-from fastdpo_kernels.head_tiles import TILES
+from fastdpo_kernels.linear_logprob.tiles import TILES
 
 #: Shared memory of a multiprocessor and the most of it that a block may have, in KiB; each block takes one more.
 SHARED = {80: (164, 163), 86: (100, 99), 89: (100, 99), 90: (228, 227), 100: (228, 227), 120: (100, 99)}
@@ -38,7 +38,7 @@ CASES = [(kind, way) for kind, way in itertools.product(KINDS, PASSES) if (kind,
 
 
 def compile_case(kind: str, way: str, architecture: int) -> dict[str, int]:
-    from fastdpo_kernels.head_gemm import _head_gemm_kernel
+    from fastdpo_kernels.linear_logprob.gemm import _head_gemm_kernel
 
     variant, dtype, biased, capped, even = KINDS[kind]
     tile = TILES[architecture, variant]

@@ -16,12 +16,12 @@ from peft import PeftModel, get_peft_model
 from test_scoring import MODELS, SIZES, alone, batch
 from worker import state
 
-from fastdpo.training import scoring
-from fastdpo.training.head import Head, HeadReader, OpaqueHead, find_head
-from fastdpo.training.layout import MicroBatch
-from fastdpo.training.memory_plan import enable_checkpointing
-from fastdpo.training.model import disable_dropout
-from fastdpo.training.scoring import CompletionScorer
+from fastdpo.training.memory.plan import enable_checkpointing
+from fastdpo.training.models.loading import disable_dropout
+from fastdpo.training.rows.layout import MicroBatch
+from fastdpo.training.scoring import scorer as scoring
+from fastdpo.training.scoring.head import Head, HeadReader, OpaqueHead, find_head
+from fastdpo.training.scoring.scorer import CompletionScorer
 
 PAIRS = batch()
 for _pair in PAIRS.pairs:
@@ -146,7 +146,7 @@ def test_adapter_on_the_head(caplog: pytest.LogCaptureFixture) -> None:
     assert any("lm_head.lora_A" in name for name in assert_numbers(model, scorer))
     with model.disable_adapter(), torch.no_grad():
         assert_numbers(model, scorer, grads=False)
-    (said,) = [r for r in caplog.records if r.name == "fastdpo.training.head"]
+    (said,) = [r for r in caplog.records if r.name == "fastdpo.training.scoring.head"]
     assert said.levelno == logging.INFO
     assert "LlamaForCausalLM scores with its own logits: its output embedding is a peft." in said.getMessage()
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdpo_kernels import device_math
-from fastdpo_kernels.linear_logprob import (
+from fastdpo_kernels.linear_logprob.fold import (
     MAX_COLUMNS,
     RowState,
     finish_unit_gradient_,

@@ -11,7 +11,7 @@ import pytest
 #: Blocks of 2 MiB that are freed once, which raises glibc's threshold, then 200 MiB of them, all freed but the last.
 _SCRIPT = """
 import psutil, sys, torch
-from fastdpo.host_memory import map_large_blocks
+from fastdpo.training.memory.host import map_large_blocks
 if sys.argv[1] == "mapped":
     assert map_large_blocks()
 rss = lambda: psutil.Process().memory_info().rss / 2**20
@@ -39,7 +39,7 @@ def test_freed_blocks_leave_the_process() -> None:
 
 
 def test_the_users_own_threshold_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastdpo.host_memory import map_large_blocks
+    from fastdpo.training.memory.host import map_large_blocks
 
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1048576")
     assert not map_large_blocks()

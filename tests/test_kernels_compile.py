@@ -55,7 +55,7 @@ NO_STATS = dict.fromkeys(("weighted_sum_ptr", "logit_sum_ptr", "square_sum_ptr",
 SELECTIVE_TYPES = {"targets_ptr": "*i64", "scale_high": "fp32", "scale_low": "fp32"}
 
 #: With budgets of its own, by tile: test_head_gemm_compile.py.
-ELSEWHERE = {"head_gemm:_head_gemm_kernel"}
+ELSEWHERE = {"linear_logprob.gemm:_head_gemm_kernel"}
 
 LOSS_TYPES = {
     **dict.fromkeys(("boundaries_ptr", "chosen_lengths_ptr", "rejected_lengths_ptr"), "*i64"),
@@ -88,7 +88,7 @@ PLANNED = {
 #: Tiles of float32 with 16-byte aligned rows. A thread holds 16 of their elements, so it loads four times 128 bits.
 SPECS = {
     "fold, policy": Spec(
-        "linear_logprob:_fold_kernel",
+        "linear_logprob.fold:_fold_kernel",
         {"CAPPED": False, "BLOCK": 4096, "bias_ptr": None, **NO_STATS},
         HEAD_TYPES,
         warps=8,
@@ -97,7 +97,7 @@ SPECS = {
         shared=64,
     ),
     "fold, reference": Spec(
-        "linear_logprob:_fold_kernel",
+        "linear_logprob.fold:_fold_kernel",
         {"CAPPED": False, "BLOCK": 4096, "bias_ptr": None, "probs_ptr": None, **NO_STATS},
         HEAD_TYPES,
         warps=8,
@@ -106,7 +106,7 @@ SPECS = {
     ),
     # Everything at once, at the widest tile
     "fold, all": Spec(
-        "linear_logprob:_fold_kernel",
+        "linear_logprob.fold:_fold_kernel",
         {"CAPPED": True, "BLOCK": 8192},
         {**HEAD_TYPES, "probs_ptr": "*bf16"},
         warps=16,
@@ -114,9 +114,11 @@ SPECS = {
         wide_stores=2,
         shared=64,
     ),
-    "rescale": Spec("linear_logprob:_rescale_rows_kernel", {"BLOCK": 1024}, HEAD_TYPES, wide_loads=2, wide_stores=2),
+    "rescale": Spec(
+        "linear_logprob.fold:_rescale_rows_kernel", {"BLOCK": 1024}, HEAD_TYPES, wide_loads=2, wide_stores=2
+    ),
     "finish": Spec(
-        "linear_logprob:_finish_unit_gradient_kernel",
+        "linear_logprob.fold:_finish_unit_gradient_kernel",
         {"BLOCK": 1024, "stride_weight_column": 1},  # as Triton specialises the argument for a contiguous weight
         HEAD_TYPES,
         wide_loads=3,
@@ -124,7 +126,7 @@ SPECS = {
         shared=4 * 1024,
     ),
     "logit gradient": Spec(
-        "linear_logprob:_logit_gradient_kernel",
+        "linear_logprob.fold:_logit_gradient_kernel",
         {"CAPPED": True, "BLOCK": 1024, "bias_ptr": None},
         {**HEAD_TYPES, "out_ptr": "*bf16"},
         wide_loads=2,
@@ -132,14 +134,14 @@ SPECS = {
         shared=64,
     ),
     "targets' logits": Spec(
-        "head_gemm:_target_logits_kernel",
+        "linear_logprob.gemm:_target_logits_kernel",
         {"CAPPED": True, "BLOCK": 1024, "bias_ptr": None},
         {**HEAD_TYPES, "hidden_ptr": "*bf16", "flags_ptr": "*i32"},
         wide_loads=2,
         shared=64,
     ),
     "merge, policy": Spec(
-        "head_merge:_merge_kernel",
+        "linear_logprob.merge:_merge_kernel",
         {"CAPPED": True, "ROWS": 8, "TILES": 64, "BLOCK": 512},
         {**HEAD_TYPES, "gradient_ptr": "*bf16"},
         warps=8,
@@ -148,7 +150,7 @@ SPECS = {
         shared=1024,
     ),
     "merge, reference": Spec(
-        "head_merge:_merge_kernel",
+        "linear_logprob.merge:_merge_kernel",
         {
             **dict.fromkeys(("estimate_ptr", "accumulator_ptr", "weight_ptr", "gradient_ptr")),
             **{"CAPPED": False, "ROWS": 8, "TILES": 64, "BLOCK": 512},
@@ -158,7 +160,7 @@ SPECS = {
         shared=1024,
     ),
     "rescue": Spec(
-        "head_merge:_rescue_kernel",
+        "linear_logprob.merge:_rescue_kernel",
         {"CAPPED": True, "TOKENS": 32, "BLOCK": 1024, "bias_ptr": None},
         {**HEAD_TYPES, "hidden_ptr": "*bf16", "gradient_ptr": "*bf16", "flags_ptr": "*i32"},
         warps=16,
@@ -182,21 +184,23 @@ SPECS = {
         wide_stores=2,
     ),
     "preference loss": Spec(
-        "preference_loss:_preference_loss_fwd_kernel",
+        "preference_loss.loss:_preference_loss_fwd_kernel",
         {**PLANNED, "BLOCK": 64, "TOKENS": 16},
         LOSS_TYPES,
         shared=8 * 1024,
     ),
     "dynamic beta": Spec(
-        "dynamic_beta:_dynamic_beta_kernel",
+        "preference_loss.dynamic_beta:_dynamic_beta_kernel",
         {"SCOPE": "instance", "VARIANT": "paper", "TRAINING": True, "BLOCK": 1024},
         LOSS_TYPES,
         warps=8,
         shared=8 * 1024,
     ),
-    "top k": Spec("dynamic_beta:_top_k_kernel", {"BLOCK": 1024}, {"out_ptr": "*i1"}, warps=8, shared=8 * 1024),
+    "top k": Spec(
+        "preference_loss.dynamic_beta:_top_k_kernel", {"BLOCK": 1024}, {"out_ptr": "*i1"}, warps=8, shared=8 * 1024
+    ),
     "margins": Spec(
-        "sequence_logps:_margins_kernel",
+        "preference_loss.sequence_logps:_margins_kernel",
         {
             "REFERENCE_GAP": True,
             "MEAN_GAP": False,
@@ -208,8 +212,12 @@ SPECS = {
         LOSS_TYPES,
         shared=4 * 1024,
     ),
-    "row sums": Spec("sequence_logps:_row_sums_kernel", {"BLOCK": 32, "TOKENS": 32}, LOSS_TYPES, shared=4 * 1024),
-    "row values": Spec("sequence_logps:_expand_rows_kernel", {"BLOCK": 32, "TOKENS": 32}, LOSS_TYPES, shared=4 * 1024),
+    "row sums": Spec(
+        "preference_loss.sequence_logps:_row_sums_kernel", {"BLOCK": 32, "TOKENS": 32}, LOSS_TYPES, shared=4 * 1024
+    ),
+    "row values": Spec(
+        "preference_loss.sequence_logps:_expand_rows_kernel", {"BLOCK": 32, "TOKENS": 32}, LOSS_TYPES, shared=4 * 1024
+    ),
     "noise": Spec("rng:_noise_kernel", {"GUMBEL": True, "BLOCK": 256}, {"step_ptr": "*i64", "seed": "i64"}),
 }
 
@@ -236,10 +244,10 @@ def found() -> dict[str, dict[str, int]]:
 
 def test_every_kernel_is_listed() -> None:
     kernels = set()
-    for module in pkgutil.iter_modules(fastdpo_kernels.__path__):
-        for name in vars(importlib.import_module(f"fastdpo_kernels.{module.name}")):
+    for module in pkgutil.walk_packages(fastdpo_kernels.__path__, "fastdpo_kernels."):
+        for name in vars(importlib.import_module(module.name)):
             if name.startswith("_") and name.endswith("_kernel"):
-                kernels.add(f"{module.name}:{name}")
+                kernels.add(f"{module.name.removeprefix('fastdpo_kernels.')}:{name}")
     assert kernels - ELSEWHERE == {spec.kernel for spec in SPECS.values()}
 
 

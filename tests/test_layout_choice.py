@@ -32,10 +32,10 @@ from transformers import (
 )
 from worker import state
 
-from fastdpo.training.attention import SEGMENT_ATTENTION
-from fastdpo.training.layout import PLAIN, Layout
-from fastdpo.training.layout_choice import LayoutChoice, obstacle
-from fastdpo.training.scoring import CompletionScorer
+from fastdpo.training.rows.attention import SEGMENT_ATTENTION
+from fastdpo.training.rows.choice import LayoutChoice, obstacle
+from fastdpo.training.rows.layout import PLAIN, Layout
+from fastdpo.training.scoring.scorer import CompletionScorer
 
 SEGMENTS = Layout(sharing=True, packing=True)
 MASK = Layout(sharing=True, masked=True)  # packed only if asked: it is quadratic in the row
@@ -59,7 +59,7 @@ def choose(model: Any, folder: Path, *others: Any, **options: Any) -> Layout:
 
 
 def told(caplog: pytest.LogCaptureFixture, level: int = logging.INFO) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.name == "fastdpo.training.layout_choice" and r.levelno == level]
+    return [r.getMessage() for r in caplog.records if r.name == "fastdpo.training.rows.choice" and r.levelno == level]
 
 
 @pytest.fixture(autouse=True)

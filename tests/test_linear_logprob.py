@@ -17,12 +17,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastdpo
-from fastdpo import reference
-from fastdpo.checks import STATS
-from fastdpo.ops.head import Head
-from fastdpo.ops.linear_logprob import linear_logprob as operator
-from fastdpo.ops.tiles import MAX_ROWS, WORKSPACE, TilePlan, plan_fused, plan_gpu_tiles, plan_tiles
-from fastdpo_kernels.linear_logprob import RowState
+from fastdpo.formulas import oracle
+from fastdpo.formulas.checks import STATS
+from fastdpo.ops.linear_logprob.head import Head
+from fastdpo.ops.linear_logprob.operators import linear_logprob as operator
+from fastdpo.ops.linear_logprob.tiles import MAX_ROWS, WORKSPACE, TilePlan, plan_fused, plan_gpu_tiles, plan_tiles
+from fastdpo_kernels.linear_logprob.fold import RowState
 
 BACKENDS = ("torch", "triton")
 # Error against float64 beyond that of plain torch in the same dtype, relative to the largest value. Gradients are
@@ -107,7 +107,7 @@ def test_three_way(backend: str, options: str, dtype: torch.dtype) -> None:
             trained = "weight"
         data = problem(*SHAPES[backend], dtype, ignored=ignored, scale=0.2)
         logps, stats, grads = run(fastdpo.linear_logprob, data, trained, backend=backend, **settings)
-        true_logps, true_stats, true_grads = run(reference.linear_logprob, data, trained, upcast=True, **settings)
+        true_logps, true_stats, true_grads = run(oracle.linear_logprob, data, trained, upcast=True, **settings)
         peer_logps, _, peer_grads = run(plain, data, trained, **settings)
         # 16-bit logits are the peers' largest error: the tile is fp32, so fp32's slack holds for every dtype
         assert_three_way(true_logps, logps, true_logps.float(), SLACK[torch.float32])
@@ -144,11 +144,11 @@ def test_huge_logits(backend: str, rising: bool, monkeypatch: pytest.MonkeyPatch
     hidden = torch.tensor([[1.0], [0.5], [-1.0], [0.0], [1e-3]], requires_grad=True)
     targets = torch.tensor([vocab - 1, 3, vocab // 2, 0, 1])
     logps = fastdpo.linear_logprob(hidden, weight, targets, backend=backend)
-    truth = reference.linear_logprob(hidden.detach().double(), weight.double(), targets)
+    truth = oracle.linear_logprob(hidden.detach().double(), weight.double(), targets)
     torch.testing.assert_close(logps.double(), truth, rtol=1e-6, atol=2e-3)  # 1e4 has an ulp of 1e-3
     (grad,) = torch.autograd.grad(logps.sum(), hidden)
     leaf = hidden.detach().double().requires_grad_()
-    (expected,) = torch.autograd.grad(reference.linear_logprob(leaf, weight.double(), targets).sum(), leaf)
+    (expected,) = torch.autograd.grad(oracle.linear_logprob(leaf, weight.double(), targets).sum(), leaf)
     torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=1e-2)
 
 
@@ -209,7 +209,7 @@ def test_ignored_rows_reach_no_gemm(backend: str, ignore_index: int, monkeypatch
     assert grad.isfinite().all()
     assert grad[2:7].eq(0.0).all()
     assert grad[:2].ne(0.0).all()
-    expected = reference.linear_logprob(hidden[7:].detach(), data["weight"], data["targets"][7:])
+    expected = oracle.linear_logprob(hidden[7:].detach(), data["weight"], data["targets"][7:])
     torch.testing.assert_close(logps[7:], expected)
 
 
@@ -250,7 +250,7 @@ def test_bf16_completion_is_closer_than_bf16_logits() -> None:
         hidden = torch.randn(512, 64, generator=g).bfloat16()
         weight = (0.4 * torch.randn(2000, 64, generator=g)).bfloat16()
         targets = torch.randint(0, 2000, (512,), generator=g)
-        truth = reference.linear_logprob(hidden.double(), weight.double(), targets).sum()
+        truth = oracle.linear_logprob(hidden.double(), weight.double(), targets).sum()
         ours = fastdpo.linear_logprob(hidden, weight, targets).sum()
         peer = (hidden @ weight.T).float().log_softmax(-1).gather(1, targets[:, None]).sum()
         errors.append([abs(float(x - truth)) for x in (ours, peer)])
@@ -316,7 +316,7 @@ def test_autocast_rounds_operands_and_nothing_else(backend: str, dtype: torch.dt
             data["hidden"], data["weight"], data["targets"], backend=backend, stats=STATS
         )
     rounded = [data[name].to(dtype).double() for name in ("hidden", "weight")]
-    truth, expected = reference.linear_logprob(*rounded, data["targets"], stats=STATS)
+    truth, expected = oracle.linear_logprob(*rounded, data["targets"], stats=STATS)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), truth, rtol=0.0, atol=1e-5)
     for name in STATS:

@@ -13,7 +13,8 @@ from sync_watch import SyncWatch
 from torch import Tensor
 
 import fastdpo
-from fastdpo import DynamicBeta, FusedLinearDPOLoss, linear_preference_loss, reference
+from fastdpo import DynamicBeta, FusedLinearDPOLoss, linear_preference_loss
+from fastdpo.formulas import oracle
 
 BACKENDS = ("torch", "triton")
 B, T, H, V = 3, 6, 5, 23
@@ -26,7 +27,7 @@ SOFT = {"softcap": 5.0, "logit_scale": 0.7, "temperature": 1.3}
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several row chunks and vocabulary slices, with a ragged last one of each."""
     monkeypatch.setenv("FASTDPO_TILE", "8x16")
-    monkeypatch.setattr("fastdpo.modules._SUMMED_ROWS", 9)
+    monkeypatch.setattr("fastdpo.loss.modules._SUMMED_ROWS", 9)
 
 
 def problem(pairs: int = B, seed: int = 0, ignore_index: int = -100, poison: bool = True) -> dict[str, Tensor]:
@@ -56,7 +57,7 @@ def token_logps(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: dict[str, Any]
 ) -> Tensor:
     head = {name: options[name] for name in HEAD if name in options}
-    found = reference.linear_logprob(
+    found = oracle.linear_logprob(
         hidden.double(), weight.double(), targets, bias=None if bias is None else bias.double(), **head
     )
     assert isinstance(found, Tensor)
@@ -78,7 +79,7 @@ def sums(logps: Tensor, targets: Tensor, options: dict[str, Any], *, plain: bool
     return torch.stack(totals)
 
 
-def oracle(data: dict[str, Tensor], *, loss_options: dict[str, Any], **options: Any) -> dict[str, Tensor]:
+def expected_by_oracle(data: dict[str, Tensor], *, loss_options: dict[str, Any], **options: Any) -> dict[str, Tensor]:
     """float64: head, sums, `reference.preference_loss`. Missing tensors of `data` are left out."""
     targets = data["targets"]
     lengths = (targets != options.get("ignore_index", -100)).sum(1)
@@ -89,7 +90,7 @@ def oracle(data: dict[str, Tensor], *, loss_options: dict[str, Any], **options: 
         head = data.get("ref_weight", data["weight"]), data.get("ref_bias")
         with torch.no_grad():
             refs = sums(token_logps(data["ref_hidden"], *head, targets, options), targets, options).chunk(2)
-    output = reference.preference_loss(
+    output = oracle.preference_loss(
         chosen,
         rejected,
         *refs,
@@ -147,7 +148,9 @@ def test_values_and_gradients(case: str, backend: str, trained: str) -> None:
     names = trained.split()
     truth = {**data, **{name: data[name].double().requires_grad_() for name in names}}
     of_tokens = {name: value for name, value in expected_options.items() if name in OF_TOKENS}
-    expected = oracle(truth, loss_options={k: v for k, v in options.items() if k not in OF_TOKENS}, **of_tokens)
+    expected = expected_by_oracle(
+        truth, loss_options={k: v for k, v in options.items() if k not in OF_TOKENS}, **of_tokens
+    )
     leaves = {name: data[name].clone().requires_grad_() for name in names}
     found = linear_preference_loss(**{**data, **leaves}, backend=backend, **options)
     for name in FIELDS:
@@ -167,7 +170,7 @@ def test_three_forms_of_one_reference(backend: str) -> None:
     policy = {name: data[name] for name in ("hidden", "weight", "bias", "targets")}
     ref = {name: data[name].clone().requires_grad_() for name in ("ref_hidden", "ref_weight", "ref_bias")}
     head = {name.removeprefix("ref_"): value for name, value in ref.items()}
-    per_token = reference.linear_logprob(**head, targets=data["targets"])
+    per_token = oracle.linear_logprob(**head, targets=data["targets"])
     assert isinstance(per_token, Tensor)
     poisoned = per_token.masked_fill(data["targets"] == -100, math.nan)
     for options in ({}, {"ld_alpha": 0.5}, {"average_log_prob": True}):
@@ -219,15 +222,15 @@ def test_dynamic_beta_over_three_steps(loss_type: str, settings: dict[str, Any],
     settings = {"beta": 0.2, "alpha": 0.5, "keep_ratio": 0.7, "seed": 3, **settings}
     module = DynamicBeta(**settings)
     zero = torch.zeros((), dtype=torch.float64)
-    state, trace = reference.BetaState(zero, zero, torch.zeros((), dtype=torch.int64)), []
+    state, trace = oracle.BetaState(zero, zero, torch.zeros((), dtype=torch.int64)), []
     for step in range(3):
         data = problem(pairs=5, seed=step)
         truth = {**data, "hidden": data["hidden"].double().requires_grad_()}
-        margins = oracle(truth, loss_options={"loss_type": loss_type})["margins"]
-        plan = reference.dynamic_beta(margins.detach(), state, **settings)
+        margins = expected_by_oracle(truth, loss_options={"loss_type": loss_type})["margins"]
+        plan = oracle.dynamic_beta(margins.detach(), state, **settings)
         state = plan.state
         loss_options = {"loss_type": loss_type, "beta": plan.beta, "keep": plan.keep, "reward_beta": 0.2}
-        expected = oracle(truth, loss_options=loss_options)
+        expected = expected_by_oracle(truth, loss_options=loss_options)
         hidden = data["hidden"].clone().requires_grad_()
         found = linear_preference_loss(**{**data, "hidden": hidden}, loss_type=loss_type, beta=module, backend=backend)
         assert found.plan is not None
@@ -252,7 +255,7 @@ def test_dynamic_beta_over_three_steps(loss_type: str, settings: dict[str, Any],
 def test_one_pair_and_completions_without_targets(backend: str) -> None:
     data = problem(pairs=1)
     output = linear_preference_loss(**data, beta=DynamicBeta(), backend=backend)
-    exact = oracle(data, loss_options={"beta": 0.1})
+    exact = expected_by_oracle(data, loss_options={"beta": 0.1})
     torch.testing.assert_close(output.loss.double(), exact["loss"], rtol=1e-5, atol=1e-6)
     data["targets"][1] = -100
     for options in ({"loss_type": "ipo"}, {"average_log_prob": True}, {"ld_alpha": 0.5}):
@@ -273,7 +276,7 @@ def test_one_pair_and_completions_without_targets(backend: str) -> None:
 def test_sixteen_bits_round_the_inputs_and_the_gradient_alone(backend: str) -> None:
     data = {k: v.bfloat16() if v.is_floating_point() else v for k, v in problem().items()}
     truth = {**data, "hidden": data["hidden"].double().requires_grad_()}
-    exact = oracle(truth, loss_options={})
+    exact = expected_by_oracle(truth, loss_options={})
     hidden = data["hidden"].clone().requires_grad_()
     found = linear_preference_loss(**{**data, "hidden": hidden}, backend=backend)
     assert found.loss.dtype == torch.float32
@@ -297,7 +300,7 @@ def test_autocast_and_no_grad(backend: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = linear_preference_loss(**data, backend=backend, ld_alpha=0.5)
     rounded = {k: v.bfloat16() if k.endswith(("hidden", "weight")) else v for k, v in data.items()}
-    exact = oracle(rounded, loss_options={}, ld_alpha=0.5)
+    exact = expected_by_oracle(rounded, loss_options={}, ld_alpha=0.5)
     assert found.loss.dtype == torch.float32
     torch.testing.assert_close(found.losses.double(), exact["losses"], rtol=1e-5, atol=1e-5)
 
@@ -494,7 +497,7 @@ def test_module_in_float64_by_definition(average: bool) -> None:
     )
     options = {"average_log_prob": average, **SOFT}
     data["ref_bias"] = data["bias"]
-    exact = oracle(
+    exact = expected_by_oracle(
         data,
         loss_options={
             "loss_type": ["sigmoid", "hinge", "sft"],
@@ -539,11 +542,11 @@ def test_module_saves_and_resumes_dynamic_beta(backend: str) -> None:
 
     data = problem(pairs=4, seed=0)
     del data["ref_bias"]
-    raw = oracle(data, loss_options={})
-    nothing = reference.BetaState(torch.zeros(()), torch.zeros(()), torch.zeros((), dtype=torch.int64))
-    plan = reference.dynamic_beta(raw["margins"], nothing, **settings)
+    raw = expected_by_oracle(data, loss_options={})
+    nothing = oracle.BetaState(torch.zeros(()), torch.zeros(()), torch.zeros((), dtype=torch.int64))
+    plan = oracle.dynamic_beta(raw["margins"], nothing, **settings)
     assert int(plan.keep.sum()) == 2
-    exact = oracle(data, loss_options={"beta": plan.beta, "keep": plan.keep})["loss"]
+    exact = expected_by_oracle(data, loss_options={"beta": plan.beta, "keep": plan.keep})["loss"]
     tokens = (data["targets"][:4] != -100).sum(1)
     nll = -raw["chosen_logps"][plan.keep].sum() / tokens[plan.keep].sum()
     torch.testing.assert_close(first.double(), exact + 0.7 * nll, rtol=1e-5, atol=1e-5)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastdpo.checks import STATS
-from fastdpo.reference import completion_logps, completion_weights, linear_logprob, selective_logprob
+from fastdpo.formulas.checks import STATS
+from fastdpo.formulas.oracle import completion_logps, completion_weights, linear_logprob, selective_logprob
 
 
 def head(n: int = 7, hidden: int = 5, vocab: int = 11, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastdpo.checks import check_loss_options
-from fastdpo.losses import LOSSES
-from fastdpo.reference import preference_gap, preference_loss
+from fastdpo.formulas.checks import check_loss_options
+from fastdpo.formulas.losses import LOSSES
+from fastdpo.formulas.oracle import preference_gap, preference_loss
 
 # Two pairs, β = 0.5.          log π_w  ref   u_w | log π_l  ref   u_l |  Δ   βΔ | |y_w| |y_l|
 # pair 1:                        −10    −12    2  |  −15     −13   −2  |  4    2 |   5    10

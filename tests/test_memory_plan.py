@@ -21,10 +21,10 @@ from test_training_step import CUTS, WORKER, assert_same_run
 from transformers import BloomConfig, BloomForCausalLM, TrainingArguments
 from worker import injected, state
 
-from fastdpo.training import memory_trial
-from fastdpo.training.batch import TokenBatch
-from fastdpo.training.memory_plan import OutOfMemory, is_out_of_memory
-from fastdpo.training.memory_trial import largest_that_fits
+from fastdpo.training.memory import trial as memory_trial
+from fastdpo.training.memory.plan import OutOfMemory, is_out_of_memory
+from fastdpo.training.memory.trial import largest_that_fits
+from fastdpo.training.rows.batch import TokenBatch
 
 #: Tokens of a pair of `even_pairs` in its row: 8 of prompt, 6 of either answer that are read, none of them shared.
 PAIR = 20

@@ -10,9 +10,9 @@ import pytest
 import tiny
 import torch
 
-from fastdpo import reference
+from fastdpo.formulas import oracle
 from fastdpo.training.objective import Objective
-from fastdpo.training.scoring import PairScores
+from fastdpo.training.scoring.scorer import PairScores
 
 PAIRS = 7
 #: Options of a run, and what the oracle is called with besides.
@@ -57,7 +57,7 @@ def test_parts_have_the_derivatives_of_the_whole(name: str, tmp_path: Path) -> N
     leaves = [
         x.clone().requires_grad_() for x in (everyone.chosen_logps, everyone.rejected_logps, everyone.chosen_sums)
     ]
-    loss = reference.preference_loss(
+    loss = oracle.preference_loss(
         *leaves[:2],
         everyone.ref_chosen_logps,
         everyone.ref_rejected_logps,

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastdpo import reference
-from fastdpo.checks import MAX_TRITON_PAIRS
-from fastdpo.dynamic_beta import DynamicBeta
-from fastdpo.losses import F_DIVERGENCES, LOSSES
-from fastdpo.ops import preference_loss as ops
-from fastdpo.preference import preference_loss, token_preference_loss
+from fastdpo.formulas import oracle
+from fastdpo.formulas.checks import MAX_TRITON_PAIRS
+from fastdpo.formulas.losses import F_DIVERGENCES, LOSSES
+from fastdpo.loss.dynamic_beta import DynamicBeta
+from fastdpo.loss.preference import preference_loss, token_preference_loss
+from fastdpo.ops.preference_loss import operators as ops
 
 pytest.importorskip("triton")
 BACKENDS = ["torch", "triton"]
@@ -71,7 +71,7 @@ def results(function: Any, data: dict[str, Any], **options: Any) -> dict[str, Te
 
 def assert_three_way(data: dict[str, Any], rtol: float = 2e-6, **options: Any) -> None:
     """The kernel errs by no more than twice torch's error in fp32, plus rtol of the largest value of the output."""
-    truth = results(reference.preference_loss, cast(data, torch.float64), **options)
+    truth = results(oracle.preference_loss, cast(data, torch.float64), **options)
     plain = results(preference_loss, cast(data, torch.float32), backend="torch", **options)
     kernel = results(preference_loss, cast(data, torch.float32), backend="triton", **options)
     for name, expected in truth.items():
@@ -196,7 +196,7 @@ def assert_token_form(loss_type: Any, backend: str) -> None:
     sums, ref_sums = (torch.stack([x[row].sum() for row in rows]) for x in (tokens, ref_tokens))
     data = dict(zip(SIDES, (*sums.chunk(2), *ref_sums.chunk(2)), strict=True))
     lengths_of = dict(zip(("chosen_lengths", "rejected_lengths"), torch.tensor(lengths).chunk(2), strict=True))
-    truth = results(reference.preference_loss, cast({**data, **lengths_of}, torch.float64), loss_type=loss_type)
+    truth = results(oracle.preference_loss, cast({**data, **lengths_of}, torch.float64), loss_type=loss_type)
     row_grads = torch.cat([truth["grad 0"], truth["grad 1"]])
     expected = torch.cat(
         [torch.zeros(2), *(g.expand(n) for g, n in zip(row_grads, lengths, strict=True)), torch.zeros(3)]
@@ -228,7 +228,7 @@ def test_token_form_is_the_sequence_form_of_the_sums(loss_type: Any, backend: st
 @pytest.fixture
 def in_grid(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Every batch takes the path of large ones; the tokens of each gradient that was laid out by a grid."""
-    from fastdpo_kernels import preference_loss as kernels
+    from fastdpo_kernels.preference_loss import loss as kernels
 
     tokens: list[int] = []
     values = kernels.row_values
@@ -313,16 +313,16 @@ def test_plan_follows_the_oracle_over_steps(variant: str, scope: str, backend: s
     options: dict[str, Any] = {"keep_ratio": 0.6, "scope": scope, "variant": variant, "seed": 2**40 + 7}
     module = DynamicBeta(**options)
     alone = DynamicBeta(**options, backend=backend)
-    state = reference.BetaState(torch.tensor(0.0), torch.tensor(0.0), torch.tensor(0))
+    state = oracle.BetaState(torch.tensor(0.0), torch.tensor(0.0), torch.tensor(0))
     for step, n in enumerate((5, 64, 1, 7, 33, 8)):
         module.train(step < 5), alone.train(step < 5)
         data = pairs_of(3 * torch.randn(n, generator=g))
         if step == 3:
             data["chosen_logps"][2] = math.nan
         margins = data["chosen_logps"] - data["rejected_logps"]
-        expected = reference.dynamic_beta(margins, state, training=step < 5, **options)
+        expected = oracle.dynamic_beta(margins, state, training=step < 5, **options)
         state = expected.state
-        truth = reference.preference_loss(**data, beta=expected.beta, keep=expected.keep, reward_beta=0.1)
+        truth = oracle.preference_loss(**data, beta=expected.beta, keep=expected.keep, reward_beta=0.1)
         output = preference_loss(**data, beta=module, backend=backend)
         for plan in (output.plan, alone(margins)):
             assert torch.equal(plan.keep, expected.keep)
@@ -379,7 +379,7 @@ def test_kernel_keeps_the_same_pairs_as_torch(n: int, keep_ratio: float, seed: i
 
 def test_kernel_breaks_ties_by_index_and_follows_a_permutation() -> None:
     """The top-k of the kernel by itself, on given keys: equal ones, both zeros, both infinities."""
-    from fastdpo_kernels import dynamic_beta as kernels
+    from fastdpo_kernels.preference_loss import dynamic_beta as kernels
 
     keys = torch.tensor([1.0, 2.0, 1.0, -0.0, 0.0, -3.0, 1.0, -math.inf, math.inf, -1e-38])
     for count in range(1, 11):
@@ -392,12 +392,12 @@ def test_kernel_breaks_ties_by_index_and_follows_a_permutation() -> None:
     order = torch.randperm(50, generator=g)
     kept = kernels.top_k(log_weights + noise, 20)
     assert torch.equal(kernels.top_k((log_weights + noise)[order], 20), kept[order])
-    assert torch.equal(kept, reference.gumbel_top_k(log_weights, noise, 20))
+    assert torch.equal(kept, oracle.gumbel_top_k(log_weights, noise, 20))
 
 
 def test_kernel_filter_frequencies_match_the_weights() -> None:
     """One of four pairs kept, M0 = 1 and σ = 3 at momentum ½: probabilities ∝ e^−½z², z = 0, ⅔, −4/3, 2; 4 sd."""
-    from fastdpo_kernels import dynamic_beta as kernels
+    from fastdpo_kernels.preference_loss import dynamic_beta as kernels
 
     margins, m0, sigma = torch.tensor([1.0, 3.0, -3.0, 7.0]), torch.tensor(0.0), torch.tensor(6.0 - math.sqrt(52 / 3))
     weights = torch.tensor([math.exp(-0.5 * z * z) for z in (0.0, 2 / 3, -4 / 3, 2.0)])
@@ -590,7 +590,7 @@ def test_what_triton_cannot_serve_is_named() -> None:
         preference_loss(double, double, double, double, backend="triton")
     with pytest.raises(TypeError, match="float64"):
         DynamicBeta(backend="triton")(double)
-    from fastdpo_kernels.dynamic_beta import MAX_PAIRS
+    from fastdpo_kernels.preference_loss.dynamic_beta import MAX_PAIRS
 
     assert MAX_PAIRS == MAX_TRITON_PAIRS
 
@@ -610,7 +610,7 @@ def test_refused_tokens_are_named() -> None:
 
 
 def test_gap_of_the_kernel_formulas_covers_the_table() -> None:
-    from fastdpo_kernels.loss_formulas import PAIR_INPUTS
+    from fastdpo_kernels.preference_loss.formulas import PAIR_INPUTS
 
     assert set(PAIR_INPUTS) == set(LOSSES)
     assert {name for name, kind in PAIR_INPUTS.items() if kind == "logps"} == {

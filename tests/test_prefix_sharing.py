@@ -16,8 +16,9 @@ from test_head_in_trainer import adapted, made
 from test_scoring import MODELS, alone, batch
 from torch import Tensor
 
-from fastdpo.training import attention
-from fastdpo.training.attention import (
+from fastdpo.training.memory.plan import enable_checkpointing
+from fastdpo.training.rows import attention
+from fastdpo.training.rows.attention import (
     Segment,
     Segments,
     UnsupportedAttention,
@@ -26,10 +27,9 @@ from fastdpo.training.attention import (
     dense_mask,
     segments_active,
 )
-from fastdpo.training.batch import TokenBatch
-from fastdpo.training.layout import PLAIN, Layout, PairIds, cut
-from fastdpo.training.memory_plan import enable_checkpointing
-from fastdpo.training.scoring import CompletionScorer
+from fastdpo.training.rows.batch import TokenBatch
+from fastdpo.training.rows.layout import PLAIN, Layout, PairIds, cut
+from fastdpo.training.scoring.scorer import CompletionScorer
 
 CPU = torch.device("cpu")
 LAYOUTS = [

@@ -23,10 +23,10 @@ from safetensors.numpy import save as to_safetensors
 from test_quantized import NF4
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from fastdpo.training import reference_cache
-from fastdpo.training.fingerprint import reference_identity
-from fastdpo.training.reference_cache import CachedLogps, Entry, ReferenceCache
-from fastdpo.training.reference_policy import ReferencePolicy
+from fastdpo.training.reference import cache as reference_cache
+from fastdpo.training.reference.cache import CachedLogps, Entry, ReferenceCache
+from fastdpo.training.reference.fingerprint import reference_identity
+from fastdpo.training.reference.policy import ReferencePolicy
 
 IDENTITY = {"weights": "8c1f", "quantisation": "none", "max_length": "1024", "ld_alpha": "None"}
 #: Values that text, or a detour over another dtype, would not keep.

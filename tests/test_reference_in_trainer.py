@@ -15,10 +15,10 @@ from test_training_step import CUTS, assert_same_run
 from transformers import EvalPrediction, TrainerCallback
 from worker import state
 
-from fastdpo.training import reference_store
-from fastdpo.training.batch import TokenBatch
-from fastdpo.training.callbacks import TrainingInterrupted
-from fastdpo.training.reference_cache import REFERENCE_CACHE_FILE
+from fastdpo.training.reference import store as reference_store
+from fastdpo.training.reference.cache import REFERENCE_CACHE_FILE
+from fastdpo.training.rows.batch import TokenBatch
+from fastdpo.training.runs.callbacks import TrainingInterrupted
 
 PAIRS = 22
 

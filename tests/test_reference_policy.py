@@ -16,9 +16,9 @@ from test_quantized import NF4
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers import AutoModelForCausalLM
 
-from fastdpo.training import fingerprint
-from fastdpo.training.model import keep_quantized_layers_trainable
-from fastdpo.training.reference_policy import ReferencePolicy
+from fastdpo.training.models.loading import keep_quantized_layers_trainable
+from fastdpo.training.reference import fingerprint
+from fastdpo.training.reference.policy import ReferencePolicy
 
 IDS = torch.arange(1, 13)[None]
 

@@ -19,9 +19,16 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 from worker import state
 
-from fastdpo.training.callbacks import TrainingInterrupted
-from fastdpo.training.checkpoint import MANIFEST, CheckpointError, checkpoints, recover, resolve_resume, staging_folder
-from fastdpo.training.reference_cache import REFERENCE_CACHE_FILE
+from fastdpo.training.reference.cache import REFERENCE_CACHE_FILE
+from fastdpo.training.runs.callbacks import TrainingInterrupted
+from fastdpo.training.runs.checkpoint import (
+    MANIFEST,
+    CheckpointError,
+    checkpoints,
+    recover,
+    resolve_resume,
+    staging_folder,
+)
 
 WORKER = Path(__file__).with_name("worker.py")
 #: 24 pairs, 8 per step: three steps an epoch, so step 10 lies inside one. The default AdamW keeps moments.

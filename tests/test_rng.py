@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdpo.rng import gumbel, philox_uniform, philox_word, word_to_uniform
+from fastdpo.formulas.rng import gumbel, philox_uniform, philox_word, word_to_uniform
 
 SEEDS = [0, 1, 12345, 2**31 + 5, 2**32 - 1, 2**40 + 7, 2**63 - 1]
 STEPS = [0, 1, 7, 2**31 + 1]

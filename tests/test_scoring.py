@@ -30,10 +30,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from fastdpo.training.batch import TokenBatch
-from fastdpo.training.head import find_head
-from fastdpo.training.model import disable_dropout
-from fastdpo.training.scoring import CompletionScorer, completion_logits, scored_hidden
+from fastdpo.training.models.loading import disable_dropout
+from fastdpo.training.rows.batch import TokenBatch
+from fastdpo.training.scoring.head import find_head
+from fastdpo.training.scoring.scorer import CompletionScorer, completion_logits, scored_hidden
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastdpo
-from fastdpo import reference
-from fastdpo.functional import selective_logprob
-from fastdpo.ops import row_views, selective_logprob_torch
+from fastdpo.formulas import oracle
+from fastdpo.loss.logprobs import selective_logprob
+from fastdpo.ops.selective_logprob import backend_torch as selective_logprob_torch
+from fastdpo.ops.selective_logprob import row_views
 
 BACKENDS = ("torch", "triton")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -42,7 +43,7 @@ def rows_of(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 3.0)
 def truth(logits: Tensor, targets: Tensor, grad: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """Log-probs and dL/dlogits in float64, by autograd."""
     exact = logits.detach().double().requires_grad_()
-    logps = reference.selective_logprob(exact, targets, **options)
+    logps = oracle.selective_logprob(exact, targets, **options)
     return logps.detach(), torch.autograd.grad(logps, exact, grad.double())[0]
 
 
@@ -380,7 +381,7 @@ def test_targets_out_of_range_are_counted(backend: str) -> None:
 def test_unchecked_targets_read_nothing_and_are_nan(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where the check would wait. At 2**60 columns away, any read would end the process."""
     for name in BACKENDS:
-        monkeypatch.setattr(f"fastdpo.ops.selective_logprob_{name}.check_targets", lambda *_: None)
+        monkeypatch.setattr(f"fastdpo.ops.selective_logprob.backend_{name}.check_targets", lambda *_: None)
     logits, targets = rows_of(5, 9)
     targets[:] = torch.tensor([0, 2**60, -1, 9, 8])
     bad = torch.tensor([False, True, True, True, False])

@@ -17,8 +17,9 @@ from sync_watch import Event, SyncWatch
 from torch import Tensor
 
 from fastdpo import DynamicBeta, FastDPOTrainer, preference_loss
-from fastdpo.training import attention, scoring
-from fastdpo.training.scoring import CompletionScorer, PairScores
+from fastdpo.training.rows import attention
+from fastdpo.training.scoring import scorer as scoring
+from fastdpo.training.scoring.scorer import CompletionScorer, PairScores
 
 CHECK, PLAN = Event("cpu", "_record"), Event("tolist", "own_kept")
 #: Options, and the waits of every step.

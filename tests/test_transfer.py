@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdpo.training import transfer
-from fastdpo.training.transfer import ALIGNMENT, to_device
+from fastdpo.training.rows import transfer
+from fastdpo.training.rows.transfer import ALIGNMENT, to_device
 
 TENSORS = [
     torch.arange(7),

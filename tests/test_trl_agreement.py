@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdpo.losses import LOSSES
-from fastdpo.reference import completion_logps, preference_loss
+from fastdpo.formulas.losses import LOSSES
+from fastdpo.formulas.oracle import completion_logps, preference_loss
 
 DPOTrainer = pytest.importorskip("trl").DPOTrainer
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from peft import get_peft_model_state_dict
 from transformers import TrainerCallback
 
-from fastdpo.training import checkpointing
+from fastdpo.training.runs import saving as checkpointing
 
 
 class Event(TrainerCallback):

@@ -25,10 +25,11 @@ from torch import Tensor
 import fastdpo
 from benchmarks.gpu.head_plans import environment
 from benchmarks.gpu.sizes import FLAGGED_SPREAD, HeadCheck
-from fastdpo import DynamicBeta, reference, rng
-from fastdpo.backends import resolve_backend
-from fastdpo.checks import STATS
-from fastdpo.losses import LOSSES
+from fastdpo import DynamicBeta
+from fastdpo.formulas import oracle, rng
+from fastdpo.formulas.checks import STATS
+from fastdpo.formulas.losses import LOSSES
+from fastdpo.ops.backends import resolve_backend
 
 LOGPS_ALLOWED = {torch.float32: 1e-5, torch.float16: 3e-5, torch.bfloat16: 3e-5}
 GRADIENT_ALLOWED = {torch.float32: 1e-5, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-8}
@@ -164,7 +165,7 @@ def head_allowed(check: HeadCheck, device: str) -> tuple[float, float]:
 def check_head(check: HeadCheck, device: str, backend: str, seed: int, poisoned: int = 0) -> list[Error]:
     """`linear_logprob` against float64, and against itself: twice the same bits."""
     problem = head_problem(check, device, seed)
-    truth = run_head(reference.linear_logprob, check, problem, torch.float64)
+    truth = run_head(oracle.linear_logprob, check, problem, torch.float64)
     function = fastdpo.linear_logprob if check.stats else without_stats
     if poisoned:
         poison(device, poisoned)
@@ -230,7 +231,7 @@ def check_selective(shape: tuple[int, int, int], device: str, backend: str, seed
         (gradient,) = torch.autograd.grad(logps, leaf, upstream.to(logps))
         return logps.detach(), gradient
 
-    truth = run(reference.selective_logprob, torch.float64)
+    truth = run(oracle.selective_logprob, torch.float64)
     logps, gradient = run(fastdpo.selective_logprob, torch.bfloat16, backend=backend)
     allowed = GRADIENT_ALLOWED[torch.bfloat16] * (2 if device == "cpu" else 1)
     return [
@@ -268,7 +269,7 @@ def check_loss(loss_type: str, pairs: int, device: str, backend: str, seed: int)
     options: dict[str, Any] = {"loss_type": loss_type}
     if LOSSES[loss_type].uses_label_smoothing:
         options["label_smoothing"] = LABEL_SMOOTHING
-    truth, true_grads = run_loss(reference.preference_loss, data, torch.float64, **options)
+    truth, true_grads = run_loss(oracle.preference_loss, data, torch.float64, **options)
     output, grads = run_loss(fastdpo.preference_loss, data, torch.float32, backend=backend, **options)
     fields = ("loss", "losses", "chosen_rewards", "rejected_rewards", "margins")
     errors = [Error(name, largest(getattr(output, name), getattr(truth, name)), LOSS_ALLOWED) for name in fields]
@@ -292,7 +293,7 @@ def check_token_loss(pairs: int, device: str, backend: str, seed: int) -> list[E
 
     exact = tokens.double().requires_grad_()
     sums, ref_sums = true_sums(exact), true_sums(references.double())
-    truth = reference.preference_loss(*sums.chunk(2), *ref_sums.chunk(2), beta=BETA)
+    truth = oracle.preference_loss(*sums.chunk(2), *ref_sums.chunk(2), beta=BETA)
     (true_gradient,) = torch.autograd.grad(truth.loss, exact)
     leaf = tokens.to(device).requires_grad_()
     output = fastdpo.token_preference_loss(
@@ -309,17 +310,15 @@ def check_token_loss(pairs: int, device: str, backend: str, seed: int) -> list[E
 def check_dynamic_beta(pairs: int, device: str, backend: str, seed: int, **options: Any) -> list[Error]:
     """Three steps of `preference_loss` with a `DynamicBeta` against the oracle: pairs kept, β, statistics, loss."""
     module = DynamicBeta(seed=seed, backend=backend, **options).to(device)
-    state = reference.BetaState(
-        *(torch.zeros((), dtype=x, device=device) for x in (torch.float64,) * 2 + (torch.int64,))
-    )
+    state = oracle.BetaState(*(torch.zeros((), dtype=x, device=device) for x in (torch.float64,) * 2 + (torch.int64,)))
     errors = []
     for step in range(3):
         data = pair_tensors(pairs, device, seed + step)
         output, grads = run_loss(fastdpo.preference_loss, data, torch.float32, beta=module)
-        gaps = reference.preference_gap(*(x.double() for x in list(data.values())[:4]))
-        plan = reference.dynamic_beta(gaps, state, seed=seed, **options)
+        gaps = oracle.preference_gap(*(x.double() for x in list(data.values())[:4]))
+        plan = oracle.dynamic_beta(gaps, state, seed=seed, **options)
         truth, true_grads = run_loss(
-            reference.preference_loss, data, torch.float64, beta=plan.beta, keep=plan.keep, reward_beta=module.beta
+            oracle.preference_loss, data, torch.float64, beta=plan.beta, keep=plan.keep, reward_beta=module.beta
         )
         state = plan.state
         errors += [
@@ -356,7 +355,7 @@ def check_draws(count: int, device: str, seed: int) -> list[Error]:
 
 def check_attention(device: str, dtype: torch.dtype, seed: int, heads: int = 8, width: int = 64) -> list[Error]:
     """Segments with shared prefixes, packed in two rows, against SDPA in float64 under the dense mask."""
-    from fastdpo.training.attention import Segment, Segments, dense_mask, segment_attention
+    from fastdpo.training.rows.attention import Segment, Segments, dense_mask, segment_attention
 
     # prompt 40 | chosen 30 | rejected 25, a second pair behind it; the second row has one pair and padding
     items = [Segment(0, 70), Segment(70, 95, 0, 40), Segment(95, 131), Segment(131, 140, 95, 120)]

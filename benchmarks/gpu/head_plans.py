@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.cases import HeadInputs
 from benchmarks.gpu.sizes import Sizes
-from fastdpo.ops.tiles import COLUMN_STEP
+from fastdpo.ops.linear_logprob.tiles import COLUMN_STEP
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ def plans(sizes: Sizes) -> dict[str, Plan]:
 def tile_calls(x: HeadInputs, columns: int, *, store: bool) -> dict[str, Callable[[], object]]:
     """Tile → one launch over the first `columns` of the vocabulary, the table's own tile first; store: with the
     exponentials for the gradient."""
-    from fastdpo_kernels import head_gemm as kernels
-    from fastdpo_kernels import head_tiles as tiles
+    from fastdpo_kernels.linear_logprob import gemm as kernels
+    from fastdpo_kernels.linear_logprob import tiles
 
     hidden, weight, rows = x.hidden.detach(), x.weight[:columns], len(x.hidden)
     reference = kernels.Reference(

@@ -28,8 +28,8 @@ from benchmarks.gpu.report import NO_BITSANDBYTES
 from benchmarks.gpu.sizes import TOY_LLAMA, TrainingShape
 from fastdpo.estimate.architectures import find_config
 from fastdpo.estimate.skeleton import is_4bit, quantize
-from fastdpo.training.config import ModelConfig
-from fastdpo.training.model import quantization_config
+from fastdpo.training.models.loading import quantization_config
+from fastdpo.training.options.config import ModelConfig
 
 
 def configuration(shape: TrainingShape) -> PretrainedConfig:

@@ -16,7 +16,7 @@ from benchmarks.cases import HeadCase
 from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.sizes import Sizes
-from fastdpo.ops.head import Head
+from fastdpo.ops.linear_logprob.head import Head
 
 #: Seconds of one tile's four products, allocation and warm-up included.
 NEEDED = 2.0

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import HeadCase
-from fastdpo.ops.tiles import MIN_WORKSPACE, WORKSPACE
+from fastdpo.ops.linear_logprob.tiles import MIN_WORKSPACE, WORKSPACE
 
 MIB = 2**20
 

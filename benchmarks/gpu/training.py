@@ -30,12 +30,12 @@ from benchmarks.gpu.sizes import MIB, Sizes
 from benchmarks.training_cases import TrainingCase, preference_ids, set_lora
 from benchmarks.training_run import TRAINERS, StepClock
 from fastdpo.estimate.activations import PairShape
-from fastdpo.training.attention import segments_active
-from fastdpo.training.batch import TokenBatch
-from fastdpo.training.config import ModelConfig
-from fastdpo.training.layout import PLAIN, Layout
-from fastdpo.training.memory_plan import RetryStep, release_memory
-from fastdpo.training.model import lora_config
+from fastdpo.training.memory.plan import RetryStep, release_memory
+from fastdpo.training.models.loading import lora_config
+from fastdpo.training.options.config import ModelConfig
+from fastdpo.training.rows.attention import segments_active
+from fastdpo.training.rows.batch import TokenBatch
+from fastdpo.training.rows.layout import PLAIN, Layout
 
 #: Largest mean difference of a token's log-prob between two ways through the model: 16 bits round in every layer.
 LOGPS_ALLOWED = {torch.bfloat16: 5e-2, torch.float32: 1e-4}
@@ -45,7 +45,7 @@ NEEDED = {"logps": 10.0, "fastdpo": 15.0, "trl": 20.0, "longest": 20.0}
 RESERVE = 8.0
 #: Tokens to which the longest pair is found.
 TOKEN_STEP = 64
-ESTIMATE = "import sys; from fastdpo.cli import main; sys.exit(main())"
+ESTIMATE = "import sys; from fastdpo.commands.cli import main; sys.exit(main())"
 
 
 class DeviceClock(StepClock):

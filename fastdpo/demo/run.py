@@ -20,15 +20,15 @@ import torch
 import transformers
 from rich.console import Console
 
+from fastdpo.commands.options import make_parser, parse
 from fastdpo.data import load_preferences
 from fastdpo.demo.baseline import bag_of_words_accuracy
 from fastdpo.demo.report import Snapshot, print_report, results_of, take_snapshot
 from fastdpo.demo.smollm2 import prepare_model
-from fastdpo.options import make_parser, parse
-from fastdpo.training.artifacts import METRICS_FILE, save_run
-from fastdpo.training.checkpoint import check_output_dir, recover, resolve_resume
-from fastdpo.training.config import FastDPOConfig, ModelConfig
-from fastdpo.training.model import load_model, load_tokenizer, lora_config
+from fastdpo.training.models.loading import load_model, load_tokenizer, lora_config
+from fastdpo.training.options.config import FastDPOConfig, ModelConfig
+from fastdpo.training.runs.artifacts import METRICS_FILE, save_run
+from fastdpo.training.runs.checkpoint import check_output_dir, recover, resolve_resume
 from fastdpo.training.trainer import FastDPOTrainer
 
 DATA = Path(__file__).parent / "data"
@@ -78,7 +78,7 @@ class DemoConfig:
 
 
 def main(argv: list[str]) -> int:
-    """Parse and run. Returns 0; raises what `fastdpo.cli` reports."""
+    """Parse and run. Returns 0; raises what `fastdpo.commands.cli` reports."""
     (config,) = parse(make_parser("fastdpo demo", _DESCRIPTION, DemoConfig), argv)
     run(config)
     return 0

@@ -22,9 +22,8 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fastdpo.estimate.skeleton import Skeleton, has_equal_layers, plain_head, with_layers
-from fastdpo.estimate.tracking import LiveBytes, workspaces
-from fastdpo.functional import linear_logprob
-from fastdpo.ops.tiles import (
+from fastdpo.loss.logprobs import linear_logprob
+from fastdpo.ops.linear_logprob.tiles import (
     GPU_COLUMNS,
     MAX_CACHE,
     MAX_COLUMNS,
@@ -34,9 +33,10 @@ from fastdpo.ops.tiles import (
     plan_fused,
     plan_gpu_tiles,
 )
-from fastdpo.training.attention import Segment, Segments, segments_active
-from fastdpo.training.config import ModelConfig
-from fastdpo.training.head import Head
+from fastdpo.training.memory.counting import LiveBytes, workspaces
+from fastdpo.training.options.config import ModelConfig
+from fastdpo.training.rows.attention import Segment, Segments, segments_active
+from fastdpo.training.scoring.head import Head
 
 
 @dataclass(frozen=True)

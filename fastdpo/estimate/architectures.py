@@ -13,7 +13,7 @@ import yaml
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from fastdpo.training.model import load_config
+from fastdpo.training.models.loading import load_config
 
 _FILE = Path(__file__).with_name("architectures.yaml")
 

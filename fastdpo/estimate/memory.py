@@ -31,14 +31,14 @@ from fastdpo.estimate.activations import (
 )
 from fastdpo.estimate.architectures import StoredWeights
 from fastdpo.estimate.skeleton import Skeleton, quantization_constants, resident_bytes
-from fastdpo.training.memory_plan import SCORING_BUDGET_FACTOR
+from fastdpo.training.memory.plan import SCORING_BUDGET_FACTOR
 
 MIB = 2**20
 #: A CUDA context with the kernels of torch and bitsandbytes, and cuBLAS' workspace. Assumed, never measured.
 GPU_RUNTIME = 600 * MIB
 #: Share of what comes and goes that the caching allocator loses to fragments. Assumed, never measured.
 GPU_FRAGMENTS = 0.1
-#: The same for glibc's heap, where its thresholds are not fixed (`fastdpo.host_memory`). Measured once, on three
+#: The same for glibc's heap, where its thresholds are not fixed (`training.memory.host`). Measured once, on three
 #: trainings of SmolLM2-135M with 384 tokens (0.9 to 1.1); it differs from run to run.
 HEAP_SHARE = 1.0
 #: Parts that exist once a model is loaded.

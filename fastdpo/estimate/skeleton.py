@@ -2,7 +2,7 @@
 
 The modules are transformers', bitsandbytes' and peft's own, built on the meta device and given fake tensors afterwards:
 a forward and a backward then run through the same Python code as in training and allocate nothing, so that what they
-would keep can be counted (`fastdpo.estimate.tracking`). Fake tensors say that they are on the CPU: a build of torch
+would keep can be counted (`training.memory.counting`). Fake tensors say that they are on the CPU: a build of torch
 without CUDA cannot run a backward over fake CUDA tensors, and shapes and dtypes are the same.
 """
 
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
-from fastdpo.training.config import ModelConfig
-from fastdpo.training.head import Head, find_head
-from fastdpo.training.layout_choice import obstacle, segment_obstacle
-from fastdpo.training.memory_plan import enable_checkpointing
-from fastdpo.training.model import disable_dropout, lora_config, quantization_config
+from fastdpo.training.memory.plan import enable_checkpointing
+from fastdpo.training.models.loading import disable_dropout, lora_config, quantization_config
+from fastdpo.training.options.config import ModelConfig
+from fastdpo.training.rows.choice import obstacle, segment_obstacle
+from fastdpo.training.scoring.head import Head, find_head
 
 #: Weights per quantisation constant, and constants per constant of the second quantisation; bitsandbytes' defaults.
 BLOCK, NESTED_BLOCK = 64, 256

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastdpo.estimate.activations import SHALLOW, ConfigCounter, Row, micro_batch
 from fastdpo.estimate.devices import Device
-from fastdpo.ops.tiles import FUSED_ROWS, MAX_ROWS
+from fastdpo.ops.linear_logprob.tiles import FUSED_ROWS, MAX_ROWS
 
 #: The order of the report.
 KINDS = ("frozen GEMMs", "dequantisation", "LoRA", "attention", "norms, activations, copies", "head", "optimizer")

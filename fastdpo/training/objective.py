@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdpo.dynamic_beta import DynamicBeta
-from fastdpo.losses import F_DIVERGENCES, LOSSES
-from fastdpo.preference import preference_loss
-from fastdpo.reference import BetaPlan, PreferenceOutput, preference_gap
-from fastdpo.training.config import FastDPOConfig
-from fastdpo.training.scoring import PairScores
+from fastdpo.formulas.losses import F_DIVERGENCES, LOSSES
+from fastdpo.formulas.oracle import BetaPlan, PreferenceOutput, preference_gap
+from fastdpo.loss.dynamic_beta import DynamicBeta
+from fastdpo.loss.preference import preference_loss
+from fastdpo.training.options.config import FastDPOConfig
+from fastdpo.training.scoring.scorer import PairScores
 
 
 @dataclass(frozen=True)

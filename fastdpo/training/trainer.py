@@ -39,35 +39,13 @@ from transformers import (
 )
 from transformers.trainer_callback import ProgressCallback
 
-from fastdpo.backends import resolve_backend
 from fastdpo.data import PreferenceCollator
-from fastdpo.reference import BetaPlan
-from fastdpo.training.artifacts import CARD_FILE, write_card
-from fastdpo.training.attention import deterministic, prepare_deterministic
-from fastdpo.training.batch import PairFeatures, TokenBatch
-from fastdpo.training.callbacks import (
-    CommitStatistics,
-    PrecomputeReference,
-    PreferenceProgress,
-    StopSignals,
-    TrainingInterrupted,
-)
-from fastdpo.training.checkpointing import CheckpointMixin
-from fastdpo.training.config import FastDPOConfig
-from fastdpo.training.fingerprint import reference_identity
-from fastdpo.training.global_batch import GlobalBatch
-from fastdpo.training.gradients import GradientsMixin, StepScores
-from fastdpo.training.layout_choice import LayoutChoice
-from fastdpo.training.memory_plan import MemoryPlan
-from fastdpo.training.memory_trial import MemoryTrialMixin
-from fastdpo.training.model import disable_dropout, keep_quantized_layers_trainable
-from fastdpo.training.nonfinite import NonFiniteLossError, stop_on_nonfinite
-from fastdpo.training.objective import Objective
-from fastdpo.training.reference_cache import ReferenceCache
-from fastdpo.training.reference_policy import ReferencePolicy
-from fastdpo.training.reference_store import ReferenceStoreMixin
-from fastdpo.training.scoring import CompletionScorer
-from fastdpo.training.setup import (
+from fastdpo.formulas.oracle import BetaPlan
+from fastdpo.ops.backends import resolve_backend
+from fastdpo.training.memory.plan import MemoryPlan
+from fastdpo.training.memory.trial import MemoryTrialMixin
+from fastdpo.training.models.loading import disable_dropout, keep_quantized_layers_trainable
+from fastdpo.training.models.setup import (
     check_models,
     check_offloading,
     fold_accumulation,
@@ -77,7 +55,29 @@ from fastdpo.training.setup import (
     resolve_tokenizer,
     with_adapter,
 )
-from fastdpo.training.sharded import gradient_norm
+from fastdpo.training.models.sharded import gradient_norm
+from fastdpo.training.objective import Objective
+from fastdpo.training.options.config import FastDPOConfig
+from fastdpo.training.reference.cache import ReferenceCache
+from fastdpo.training.reference.fingerprint import reference_identity
+from fastdpo.training.reference.policy import ReferencePolicy
+from fastdpo.training.reference.store import ReferenceStoreMixin
+from fastdpo.training.rows.attention import deterministic, prepare_deterministic
+from fastdpo.training.rows.batch import PairFeatures, TokenBatch
+from fastdpo.training.rows.choice import LayoutChoice
+from fastdpo.training.rows.global_batch import GlobalBatch
+from fastdpo.training.runs.artifacts import CARD_FILE, write_card
+from fastdpo.training.runs.callbacks import (
+    CommitStatistics,
+    PrecomputeReference,
+    PreferenceProgress,
+    StopSignals,
+    TrainingInterrupted,
+)
+from fastdpo.training.runs.nonfinite import NonFiniteLossError, stop_on_nonfinite
+from fastdpo.training.runs.saving import CheckpointMixin
+from fastdpo.training.scoring.scorer import CompletionScorer
+from fastdpo.training.step import GradientsMixin, StepScores
 
 __all__ = ["FastDPOTrainer", "NonFiniteLossError"]
 

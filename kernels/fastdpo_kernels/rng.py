@@ -1,6 +1,6 @@
 """Counter-based noise on the device: Philox-4x32-10 with key = seed and counter = (index, step, 0, 0).
 
-The draws are those of `fastdpo.rng`: uniforms bit for bit, Gumbel values up to the rounding of two logarithms.
+The draws are those of `fastdpo.formulas.rng`: uniforms bit for bit, Gumbel values up to the rounding of two logarithms.
 Loss kernels call `gumbel_noise` for the Gumbel-top-k filter; the launchers fill a tensor, at 4 bytes per draw.
 """
 
@@ -15,7 +15,7 @@ from triton.language.random import uint_to_uniform_float
 _BLOCK = 256
 #: Least uniform: one step of `uint_to_uniform_float`, so that log(−log u) is finite.
 _UNIFORM_SCALE = tl.constexpr(4.6566127342e-10)
-_WITHOUT_GPU = "draw with fastdpo.rng, or set TRITON_INTERPRET=1 before the kernels are imported"
+_WITHOUT_GPU = "draw with fastdpo.formulas.rng, or set TRITON_INTERPRET=1 before the kernels are imported"
 
 
 @triton.jit

@@ -1,0 +1,106 @@
+"""What `FastDPOTrainer` does to its arguments before it can train: load what is named, refuse what cannot be used."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from fastdpo.training.models.loading import check_trainable_causal_lm, load_causal_lm, refuse_router_loss
+from fastdpo.training.options.config import FastDPOConfig
+
+
+def model_name(model: str | PreTrainedModel) -> str:
+    name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+    return Path(name).name or "model"
+
+
+def resolve_model(
+    model: str | PreTrainedModel, args: FastDPOConfig, quantization: BitsAndBytesConfig | None, argument: str
+) -> PreTrainedModel:
+    if isinstance(model, str):
+        assert not isinstance(args.model_init_kwargs, str)  # parsed by TrainingArguments
+        kwargs = dict(args.model_init_kwargs or {})
+        if quantization is not None:
+            kwargs["quantization_config"] = quantization
+        return load_causal_lm(model, **kwargs)
+    if quantization is not None and argument == "model":
+        raise ValueError(
+            "quantization_config acts while a model is loaded, but model is an object. Pass model by name."
+        )
+    if args.model_init_kwargs and argument == "model":
+        raise ValueError("model_init_kwargs acts while a model is loaded, but model is an object. Pass model by name.")
+    return model
+
+
+def check_models(model: PreTrainedModel, ref_model: PreTrainedModel | None, args: FastDPOConfig) -> None:
+    if ref_model is model:
+        raise ValueError(
+            "ref_model is the same object as model, so it would be trained too. Leave it out: the reference "
+            "is then the model as it is now."
+        )
+    check_trainable_causal_lm(model)
+    refuse_router_loss(model.config, args.router_aux_loss_coef)
+    if ref_model is not None:
+        check_trainable_causal_lm(ref_model, "ref_model")
+        ours, theirs = (m.config.get_text_config().vocab_size for m in (model, ref_model))
+        if ours != theirs:
+            raise ValueError(
+                f"ref_model has a vocabulary of {theirs}, model one of {ours}; they must share a tokenizer."
+            )
+
+
+def resolve_tokenizer(processing_class: Any, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    if processing_class is None:
+        if not model.config._name_or_path:
+            raise ValueError("processing_class is missing, and model was not loaded by a name that says which it is.")
+        return AutoTokenizer.from_pretrained(model.config._name_or_path)
+    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise TypeError(f"processing_class is a {type(processing_class).__name__}; a text tokenizer is needed.")
+    return processing_class
+
+
+def with_adapter(model: PreTrainedModel, peft_config: PeftConfig | None) -> PreTrainedModel:
+    if peft_config is None:
+        if is_quantized(model) and not isinstance(model, PeftModel):
+            raise ValueError("model is quantised, so its weights cannot be trained. Pass peft_config=LoraConfig(...).")
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError(
+                "model has no trainable parameter. Load the adapter with is_trainable=True, or pass peft_config."
+            )
+        return model
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(f"peft_config is a {type(peft_config).__name__}; give a peft.LoraConfig.")
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "model has an adapter already. Train that further without peft_config, or merge_and_unload() it first."
+        )
+    if peft_config.is_prompt_learning:
+        raise ValueError(f"peft_config={type(peft_config).__name__} adds virtual tokens; use LoRA.")
+    return get_peft_model(model, peft_config)
+
+
+def is_quantized(model: PreTrainedModel) -> bool:
+    return bool(getattr(model, "is_quantized", False) or getattr(model, "is_loaded_in_4bit", False))
+
+
+def check_offloading(args: FastDPOConfig) -> None:
+    if args.activation_offloading and args.device.type == "cpu":
+        raise ValueError(
+            "activation_offloading=True moves activations from a GPU to the host, where this run is already. Drop it; "
+            "gradient_checkpointing=True saves memory here."
+        )
+
+
+def fold_accumulation(args: FastDPOConfig) -> FastDPOConfig:
+    """A copy of `args` whose dataloader batch is the whole optimizer batch: transformers accumulates nothing, and
+    checkpoints no layers."""
+    folded = copy.copy(args)
+    folded.per_device_train_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    folded.gradient_accumulation_steps = 1
+    # transformers would switch it on at once; here it belongs to the memory plan
+    folded.checkpointing, folded.gradient_checkpointing = args.gradient_checkpointing, False  # type: ignore[assignment]
+    return folded

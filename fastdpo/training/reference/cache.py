@@ -1,0 +1,247 @@
+"""Reference log-probs of pairs, computed once: in memory by the digest of a pair's token ids, and in a file.
+
+The file is safetensors: `keys` (n, 16) uint8, ascending, and `logps` (n, 2) float32, chosen and rejected. Its header
+says which reference, tokenisation and truncation the values belong to (the identity, see
+`training.reference.fingerprint.reference_identity`) and holds a checksum of all of it. Equal content gives equal bytes.
+
+A file is used whole or not at all. It is not used if it is torn, if its checksum disagrees, or if its identity is not
+this cache's; one warning then says why, the values are computed again, and the next save replaces the file. Saving is
+atomic and keeps what other runs with the same identity have put into the file meanwhile.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import safetensors
+import torch
+from filelock import FileLock
+from safetensors.numpy import save as to_safetensors
+from torch import Tensor
+
+from fastdpo.training.runs.checkpoint import flush
+
+logger = logging.getLogger(__name__)
+
+#: The cache's file in the folder of a run.
+REFERENCE_CACHE_FILE = "reference_logps.safetensors"
+#: Raised when the meaning of the file changes; a file of another version is computed again.
+FORMAT_VERSION = 1
+#: Bytes of a pair's key, see `TokenBatch.key`.
+KEY_BYTES = 16
+
+# One entry holds everything: safetensors writes several in no fixed order.
+_HEADER = "fastdpo_reference_cache"
+#: Pair key → (chosen, rejected).
+_Entries = dict[bytes, tuple[float, float]]
+
+
+class Entry(NamedTuple):
+    """One pair's reference log-probs, as ranks exchange them."""
+
+    key: bytes
+    chosen: float
+    rejected: float
+
+
+class CachedLogps(NamedTuple):
+    """What the cache knows of B pairs.
+
+    chosen, rejected: (B,) float32 on the host, NaN where missing.
+    missing: positions of the pairs that are still to be computed, ascending.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    missing: list[int]
+
+
+class UnusableCacheError(ValueError):
+    """A file whose values must not be used; the message says why."""
+
+
+class ReferenceCache:
+    """Reference log-probs by pair, for one identity.
+
+    A value that is stored is never replaced, neither by `put` nor by a file: a run sees one value of a pair for good.
+
+    Args:
+        identity: name → value of everything the log-probs depend on.
+
+    Attributes:
+        hits: pairs that `get` has answered.
+        computed: pairs that `put` has added.
+    """
+
+    def __init__(self, identity: Mapping[str, str]) -> None:
+        self.identity = dict(identity)
+        self.hits = 0
+        self.computed = 0
+        self._entries: _Entries = {}
+        self._new: list[bytes] = []
+        self._reported: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._entries
+
+    def get(self, keys: Sequence[bytes]) -> CachedLogps:
+        """The log-probs of the pairs with these keys, as far as they are known."""
+        unknown = (math.nan, math.nan)
+        values = torch.tensor([self._entries.get(key, unknown) for key in keys], dtype=torch.float32).reshape(-1, 2)
+        missing = [i for i, key in enumerate(keys) if key not in self._entries]
+        self.hits += len(keys) - len(missing)
+        return CachedLogps(values[:, 0], values[:, 1], missing)
+
+    def put(self, keys: Sequence[bytes], chosen: Tensor, rejected: Tensor) -> int:
+        """Store the log-probs of pairs, (B,) each, in float32; returns how many pairs were added.
+
+        A pair with a value that is not finite is not stored: it stays missing, and the step that computed it says so.
+        Raises ValueError if the shapes differ or a key is not `KEY_BYTES` long.
+        """
+        if not chosen.shape == rejected.shape == (len(keys),):
+            raise ValueError(
+                f"chosen {tuple(chosen.shape)} and rejected {tuple(rejected.shape)} must both be ({len(keys)},), "
+                "one log-prob for each of the keys."
+            )
+        values = torch.stack([chosen.detach(), rejected.detach()]).float().cpu()  # one transfer
+        added = self._add(Entry(key, *pair) for key, pair in zip(keys, zip(*values.tolist(), strict=True), strict=True))
+        self._new += [entry.key for entry in added]
+        self.computed += len(added)
+        return len(added)
+
+    def new_entries(self) -> list[Entry]:
+        """What `put` has added since the last call, for the other ranks: each `merge`s what all have gathered."""
+        new, self._new = self._new, []
+        return [Entry(key, *self._entries[key]) for key in new]
+
+    def merge(self, entries: Iterable[Entry]) -> int:
+        """Take over what other ranks have computed; returns how many pairs were added. Raises as `put`."""
+        return len(self._add(entries))
+
+    def _add(self, entries: Iterable[Entry]) -> list[Entry]:
+        added = []
+        for entry in entries:
+            if len(entry.key) != KEY_BYTES:
+                raise ValueError(f"keys: one has {len(entry.key)} bytes; {KEY_BYTES} are needed, see TokenBatch.key.")
+            if entry.key not in self._entries and math.isfinite(entry.chosen) and math.isfinite(entry.rejected):
+                self._entries[entry.key] = (entry.chosen, entry.rejected)
+                added.append(entry)
+        return added
+
+    def load(self, path: str | Path) -> int:
+        """Take over what the file at `path` holds; returns how many pairs were added.
+
+        A missing file adds nothing. Nor does one that must not be used, which is reported once as a warning. Raises
+        OSError if there is a file and it cannot be read.
+        """
+        return self.merge(Entry(key, *pair) for key, pair in self._usable(Path(path)).items())
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to `path`, together with what a file of the same identity holds there already.
+
+        A file that must not be used is replaced. The file is written beside its place, flushed and renamed, so that a
+        kill leaves the old one or the new one; a lock keeps savers in several processes from undoing each other's work.
+        A folder that is missing is made. Raises OSError if the file cannot be written.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f"_{path.name}.incomplete")  # uploads to the hub leave out _*
+        with FileLock(path.with_name(f"_{path.name}.lock")):
+            stored = self._usable(path)
+            if path.is_file() and self._entries.keys() <= stored.keys():
+                return
+            try:
+                with aside.open("wb") as file:
+                    file.write(_encode(stored | self._entries, self.identity))
+                    file.flush()
+                    os.fsync(file.fileno())
+                aside.replace(path)
+            finally:
+                aside.unlink(missing_ok=True)
+            flush(path.parent)
+
+    def _usable(self, path: Path) -> _Entries:
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return {}
+        try:
+            return _decode(content, self.identity)
+        except UnusableCacheError as error:
+            message = f"{path} is not used, and its reference log-probs are computed again: {error}."
+            if message not in self._reported:
+                logger.warning("%s", message)
+            self._reported.add(message)
+            return {}
+
+
+def _encode(entries: _Entries, identity: Mapping[str, str]) -> bytes:
+    ordered = sorted(entries)
+    keys = np.frombuffer(b"".join(ordered), np.uint8).reshape(-1, KEY_BYTES)
+    logps = np.array([entries[key] for key in ordered], np.float32).reshape(-1, 2)
+    header = {"version": FORMAT_VERSION, "identity": dict(identity)}
+    header["checksum"] = _checksum(header, keys.tobytes(), logps.tobytes())
+    return to_safetensors({"keys": keys, "logps": logps}, metadata={_HEADER: json.dumps(header)})
+
+
+def _decode(content: bytes, identity: Mapping[str, str]) -> _Entries:
+    """The entries in a file's bytes. Raises UnusableCacheError."""
+    try:
+        tensors = dict(safetensors.deserialize(content))
+    except safetensors.SafetensorError as error:
+        raise UnusableCacheError(f"it is torn or no safetensors file ({error})") from error
+    # The container is sound, so these reads are in bounds.
+    size = int.from_bytes(content[:8], "little")
+    text = json.loads(content[8 : 8 + size]).get("__metadata__", {}).get(_HEADER)
+    if text is None:
+        raise UnusableCacheError("it is a safetensors file, but no reference cache")
+    try:
+        header = json.loads(text)
+        version, checksum, stored = header["version"], header.pop("checksum"), dict(header["identity"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise UnusableCacheError(f"its header is corrupted ({type(error).__name__}: {error})") from error
+    keys, logps = (tensors.get(name, {}) for name in ("keys", "logps"))
+    if checksum != _checksum(header, keys.get("data", b""), logps.get("data", b"")):
+        raise UnusableCacheError("its checksum disagrees with its contents, so it is corrupted")
+    if version != FORMAT_VERSION:
+        raise UnusableCacheError(f"it has format version {version}, this is version {FORMAT_VERSION}")
+    if differences := _differences(stored, identity):
+        raise UnusableCacheError(f"it belongs to another reference or tokenisation: {differences}")
+    count = len(keys.get("data", b"")) // KEY_BYTES
+    layout = [(each.get("dtype"), each.get("shape")) for each in (keys, logps)]
+    if layout != [("U8", [count, KEY_BYTES]), ("F32", [count, 2])]:
+        raise UnusableCacheError(f"keys and logps have dtypes and shapes {layout}, so it is corrupted")
+    values = np.frombuffer(logps["data"], "<f4").reshape(-1, 2)
+    if not np.isfinite(values).all():
+        raise UnusableCacheError("it holds values that are not finite, so it is corrupted")
+    joined = bytes(keys["data"])
+    split = (joined[start : start + KEY_BYTES] for start in range(0, len(joined), KEY_BYTES))
+    return {key: (pair[0], pair[1]) for key, pair in zip(split, values.tolist(), strict=True)}
+
+
+def _checksum(header: Mapping[str, object], keys: bytes, logps: bytes) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (json.dumps(header, sort_keys=True).encode(), keys, logps):
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _differences(stored: Mapping[str, str], wanted: Mapping[str, str]) -> str:
+    names = [*wanted, *(name for name in stored if name not in wanted)]
+    return "; ".join(
+        f"{name} was {stored.get(name, 'absent')}, is {wanted.get(name, 'absent')}"
+        for name in names
+        if stored.get(name) != wanted.get(name)
+    )

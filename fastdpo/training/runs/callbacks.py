@@ -1,0 +1,150 @@
+"""Callbacks: stop signals, the committing of statistics, and the progress bar."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import ProgressCallback
+
+from fastdpo.training.options.config import FastDPOConfig
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from fastdpo.training.trainer import FastDPOTrainer
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class TrainingInterrupted(SystemExit):
+    """Raised out of `train()` after a stop signal, once the checkpoint is saved. The exit code is 128 + the signal."""
+
+    def __init__(self, signum: int, checkpoint: str) -> None:
+        super().__init__(128 + signum)
+        self.signum = signum
+        self.checkpoint = checkpoint
+
+    def __str__(self) -> str:
+        name = signal.Signals(self.signum).name
+        return f"{name}: saved {self.checkpoint}. Continue with --resume_from_checkpoint last."
+
+
+class StopSignals(TrainerCallback):
+    """SIGTERM and SIGINT end training after the step in flight, with a checkpoint. A second signal acts at once.
+
+    Ranks agree on the step to stop at: any rank's signal stops all of them.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def install(self) -> None:
+        """Take over the signals; only the main thread may, elsewhere they keep their handlers."""
+        self.received = None
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+
+    def restore(self) -> None:
+        """Give the signals back to the handlers that had them."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        self.received = number
+        self.restore()
+
+    def agreed(self, args: FastDPOConfig) -> int | None:
+        """The signal that any rank has received; every rank calls this at the same place."""
+        if args.world_size > 1:
+            flag = torch.tensor(self.received or 0, device=args.device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            self.received = int(flag) or None
+        return self.received
+
+    def _stop_if_received(self, args: FastDPOConfig, control: TrainerControl) -> TrainerControl:
+        if self.agreed(args) is not None:
+            control.should_training_stop = True
+            control.should_save = True
+            control.should_evaluate = False  # whoever stops a run may not wait for an evaluation
+        return control
+
+    def on_step_end(
+        self, args: FastDPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        return self._stop_if_received(args, control)
+
+    def on_epoch_end(
+        self, args: FastDPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        return self._stop_if_received(args, control)
+
+    def on_evaluate(
+        self, args: FastDPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        return self._stop_if_received(args, control)
+
+
+class CommitStatistics(TrainerCallback):
+    """Commits the plan's running statistics once the optimizer has really stepped."""
+
+    def __init__(self, trainer: FastDPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_optimizer_step(
+        self, args: FastDPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.commit_plan()
+
+
+class PrecomputeReference(TrainerCallback):
+    """Computes reference log-probs ahead of training, once the model is in place and a checkpoint is loaded."""
+
+    def __init__(self, trainer: FastDPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: FastDPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.precompute_reference()
+
+
+class PreferenceProgress(ProgressCallback):
+    """transformers' progress bar, with the figures of preference training beside it in place of printed dicts."""
+
+    #: metric → label and format in the bar
+    FIGURES: ClassVar = {
+        "loss": ("loss", "{:.4f}"),
+        "beta/value": ("β", "{:.3f}"),
+        "beta/kept": ("kept", "{:.0%}"),
+        "rewards/accuracies": ("acc", "{:.0%}"),
+        "rewards/margins": ("margin", "{:+.3f}"),
+    }
+
+    def on_log(
+        self,
+        args: FastDPOConfig,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.training_bar is None or not logs:
+            return
+        if any(key.startswith("eval_") for key in logs):
+            self.training_bar.write(describe_evaluation(logs, state.global_step))
+        elif "loss" in logs:
+            shown = {label: fmt.format(logs[key]) for key, (label, fmt) in self.FIGURES.items() if key in logs}
+            self.training_bar.set_postfix(shown, refresh=True)
+
+
+def describe_evaluation(logs: dict[str, Any], step: int) -> str:
+    """One line of an evaluation's figures."""
+    accuracy, margin = logs.get("eval_rewards/accuracies"), logs.get("eval_rewards/margins")
+    if accuracy is None or margin is None:
+        return f"step {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in logs.items() if key != "epoch")
+    return f"step {step}: evaluation loss {logs['eval_loss']:.4f}, accuracy {accuracy:.1%}, margin {margin:+.3f}"

@@ -1,0 +1,46 @@
+"""A loss or gradient that is not finite stops the run, with the batch on record and the last checkpoint intact."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from fastdpo.training.options.config import FastDPOConfig
+from fastdpo.training.runs.checkpoint import checkpoints
+from fastdpo.training.scoring.scorer import PairScores
+
+NONFINITE_FILE = "nonfinite_batch.json"
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss or a gradient is not finite. The batch's example ids are saved; no optimizer step was taken on it."""
+
+
+def stop_on_nonfinite(
+    args: FastDPOConfig, step: int, loss: float, grad_norm: float, scores: PairScores, example_ids: list[str]
+) -> NoReturn:
+    """Save example ids and scores of the global batch (`scores`: all ranks', `example_ids`: this rank's) and raise."""
+    ids = [example_ids]
+    if args.world_size > 1:
+        ids = [[] for _ in range(args.world_size)]
+        dist.all_gather_object(ids, example_ids)
+    path = Path(args.output_dir) / NONFINITE_FILE
+    report = {
+        "step": step,
+        "loss": repr(loss),
+        "grad_norm": repr(grad_norm),
+        "example_ids": [example for rank in ids for example in rank],
+        "scores": {name: [repr(value) for value in values.tolist()] for name, values in vars(scores).items()},
+    }
+    if args.should_save:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    found = checkpoints(args.output_dir)
+    last = f"The last checkpoint, {found[-1]}, is intact." if found else "No checkpoint had been saved yet."
+    raise NonFiniteLossError(
+        f"step {step}: loss {loss}, gradient norm {grad_norm}. The batch's example ids and scores are in {path}. "
+        f"{last} Look at those examples, lower learning_rate, or use bf16 instead of fp16."
+    )
