@@ -13,7 +13,7 @@ from benchmarks.report import Figure, at_most
 from benchmarks.settings import Settings
 from benchmarks.timing import interleave, synchronizer
 from fastdpo import DynamicBeta, preference_loss
-from fastdpo.loss.logprobs import token_preference_loss
+from fastdpo.loss import token_preference_loss
 
 TITLE = "loss: all that follows the head, dynamic β included, forward + backward, torch backend"
 #: Calls per repeat, as one takes less than a millisecond.

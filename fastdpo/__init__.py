@@ -9,29 +9,34 @@ from fastdpo.version import __version__
 
 if TYPE_CHECKING:
     from fastdpo.data import load_preferences, tokenize_preferences
-    from fastdpo.formulas.oracle import PreferenceOutput
-    from fastdpo.loss.dynamic_beta import DynamicBeta
-    from fastdpo.loss.linear_preference import linear_preference_loss
-    from fastdpo.loss.logprobs import linear_logprob, preference_loss, selective_logprob, token_preference_loss
-    from fastdpo.loss.modules import FusedLinearDPOLoss
+    from fastdpo.loss import (
+        DynamicBeta,
+        FusedLinearDPOLoss,
+        PreferenceOutput,
+        linear_logprob,
+        linear_preference_loss,
+        preference_loss,
+        selective_logprob,
+        token_preference_loss,
+    )
     from fastdpo.ops.backends import backends
     from fastdpo.training.options.config import FastDPOConfig
     from fastdpo.training.trainer import FastDPOTrainer
 
 #: public name → module. Loaded on first use: the loss functions need torch only, the trainer all of transformers.
 _EXPORTS = {
-    "DynamicBeta": "fastdpo.loss.dynamic_beta",
+    "DynamicBeta": "fastdpo.loss",
     "FastDPOConfig": "fastdpo.training.options.config",
     "FastDPOTrainer": "fastdpo.training.trainer",
-    "FusedLinearDPOLoss": "fastdpo.loss.modules",
-    "PreferenceOutput": "fastdpo.formulas.oracle",
+    "FusedLinearDPOLoss": "fastdpo.loss",
+    "PreferenceOutput": "fastdpo.loss",
     "backends": "fastdpo.ops.backends",
-    "linear_logprob": "fastdpo.loss.logprobs",
-    "linear_preference_loss": "fastdpo.loss.linear_preference",
+    "linear_logprob": "fastdpo.loss",
+    "linear_preference_loss": "fastdpo.loss",
     "load_preferences": "fastdpo.data",
-    "preference_loss": "fastdpo.loss.logprobs",
-    "selective_logprob": "fastdpo.loss.logprobs",
-    "token_preference_loss": "fastdpo.loss.logprobs",
+    "preference_loss": "fastdpo.loss",
+    "selective_logprob": "fastdpo.loss",
+    "token_preference_loss": "fastdpo.loss",
     "tokenize_preferences": "fastdpo.data",
 }
 

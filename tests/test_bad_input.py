@@ -25,9 +25,9 @@ from transformers import (
 import fastdpo
 from fastdpo import FastDPOTrainer
 from fastdpo.training.models.loading import load_adapter, load_causal_lm, quantization_config
-from fastdpo.training.options import checks as option_checks
-from fastdpo.training.options.checks import automatic_optimizer
-from fastdpo.training.options.config import REFUSED, FastDPOConfig, ModelConfig
+from fastdpo.training.options import FastDPOConfig, ModelConfig, optimizer
+from fastdpo.training.options.optimizer import automatic_optimizer
+from fastdpo.training.options.refused import REFUSED
 from fastdpo.training.runs.nonfinite import NONFINITE_FILE, NonFiniteLossError
 
 OPTIONS = {
@@ -145,7 +145,7 @@ def test_automatic_optimizer(
 ) -> None:
     """Of bitsandbytes on a GPU where it is there; else torch's, which is said once."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: object() if installed else None)
-    option_checks._tell_of_missing_bitsandbytes.cache_clear()
+    optimizer._tell_of_missing_bitsandbytes.cache_clear()
     found = [automatic_optimizer(True), automatic_optimizer(True), automatic_optimizer(False)]
     on_gpu = "paged_adamw_8bit" if installed else "adamw_torch_fused"
     assert found == [on_gpu, on_gpu, "adamw_torch"]

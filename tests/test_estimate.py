@@ -36,7 +36,7 @@ from fastdpo.estimate.timing import time_micro_batch
 from fastdpo.training.memory.counting import LiveBytes, flash_backward_workspace, gemm_4bit_workspace
 from fastdpo.training.memory.plan import checkpointing_name, enable_checkpointing
 from fastdpo.training.models.loading import lora_config
-from fastdpo.training.options.config import ModelConfig
+from fastdpo.training.options import ModelConfig
 
 NF4 = BitsAndBytesConfig(
     load_in_4bit=True,

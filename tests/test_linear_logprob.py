@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastdpo
 from fastdpo.formulas import oracle
-from fastdpo.formulas.checks import STATS
+from fastdpo.formulas.head_options import STATS
 from fastdpo.ops.linear_logprob.head import Head
 from fastdpo.ops.linear_logprob.operators import linear_logprob as operator
 from fastdpo.ops.linear_logprob.tiles import MAX_ROWS, WORKSPACE, TilePlan, plan_fused, plan_gpu_tiles, plan_tiles

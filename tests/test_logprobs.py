@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastdpo.formulas.checks import STATS
+from fastdpo.formulas.head_options import STATS
 from fastdpo.formulas.oracle import completion_logps, completion_weights, linear_logprob, selective_logprob
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastdpo.formulas.checks import check_loss_options
+from fastdpo.formulas import LossOptions
 from fastdpo.formulas.losses import LOSSES
 from fastdpo.formulas.oracle import preference_gap, preference_loss
 
@@ -338,39 +338,39 @@ def test_alpha_one_is_the_reverse_kl() -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"loss_types": "dpo"}, r"loss_type=\['dpo'\] is unknown.*sigmoid.*cpo_simpo"),
-    ({"loss_types": []}, "loss_type"),
-    ({"loss_types": ["sigmoid", "sft"], "loss_weights": [1.0]}, "loss_weights has 1 entries for 2"),
-    ({"loss_types": "sigmoid", "loss_weights": [math.nan]}, "loss_weights"),
-    ({"loss_types": "sigmoid", "beta": 0.0}, "beta=0.0"),
-    ({"loss_types": "sigmoid", "beta": math.nan}, "beta=nan"),
-    ({"loss_types": "sigmoid", "label_smoothing": 0.5}, "label_smoothing=0.5"),
-    ({"loss_types": "sigmoid", "label_smoothing": -0.1}, "label_smoothing=-0.1"),
-    ({"loss_types": "hinge", "label_smoothing": 0.1}, "label_smoothing=0.1 has no effect"),
-    ({"loss_types": "exo_pair"}, "1e-3"),
-    ({"loss_types": "sigmoid", "f_divergence": "kl"}, "f_divergence='kl' is unknown"),
-    ({"loss_types": ["sigmoid", "bco_pair"], "f_divergence": "forward_kl"}, "bco_pair"),
-    ({"loss_types": "sft", "f_divergence": "forward_kl"}, "sft"),
-    ({"loss_types": "sigmoid", "simpo_gamma": 0.5}, "simpo_gamma"),
-    ({"loss_types": "sigmoid", "f_alpha_divergence_coef": 0.5}, "f_alpha_divergence_coef"),
-    ({"loss_types": "simpo", "simpo_gamma": -1.0}, "simpo_gamma=-1.0"),
-    ({"loss_types": "cpo", "cpo_alpha": math.inf}, "cpo_alpha=inf"),
-    ({"loss_types": "discopop", "discopop_tau": 0.0}, "discopop_tau=0.0"),
-    ({"loss_types": "discopop", "discopop_tau": 1.5}, "discopop_tau=1.5"),
+    ({"loss_type": "dpo"}, r"loss_type=\['dpo'\] is unknown.*sigmoid.*cpo_simpo"),
+    ({"loss_type": []}, "loss_type"),
+    ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "loss_weights has 1 entries for 2"),
+    ({"loss_type": "sigmoid", "loss_weights": [math.nan]}, "loss_weights"),
+    ({"loss_type": "sigmoid", "beta": 0.0}, "beta=0.0"),
+    ({"loss_type": "sigmoid", "beta": math.nan}, "beta=nan"),
+    ({"loss_type": "sigmoid", "label_smoothing": 0.5}, "label_smoothing=0.5"),
+    ({"loss_type": "sigmoid", "label_smoothing": -0.1}, "label_smoothing=-0.1"),
+    ({"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing=0.1 has no effect"),
+    ({"loss_type": "exo_pair"}, "1e-3"),
+    ({"loss_type": "sigmoid", "f_divergence": "kl"}, "f_divergence='kl' is unknown"),
+    ({"loss_type": ["sigmoid", "bco_pair"], "f_divergence": "forward_kl"}, "bco_pair"),
+    ({"loss_type": "sft", "f_divergence": "forward_kl"}, "sft"),
+    ({"loss_type": "sigmoid", "simpo_gamma": 0.5}, "simpo_gamma"),
+    ({"loss_type": "sigmoid", "f_alpha_divergence_coef": 0.5}, "f_alpha_divergence_coef"),
+    ({"loss_type": "simpo", "simpo_gamma": -1.0}, "simpo_gamma=-1.0"),
+    ({"loss_type": "cpo", "cpo_alpha": math.inf}, "cpo_alpha=inf"),
+    ({"loss_type": "discopop", "discopop_tau": 0.0}, "discopop_tau=0.0"),
+    ({"loss_type": "discopop", "discopop_tau": 1.5}, "discopop_tau=1.5"),
 ]
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED)
 def test_refused_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_loss_options(**options)
+        LossOptions.of(None, options)
 
 
 def test_options_of_a_mix_need_one_user() -> None:
     """Label smoothing for exo_pair beside sft, and an f-divergence beside a loss without reference, are meant."""
-    check_loss_options(["exo_pair", "sft"], label_smoothing=1e-3)
-    check_loss_options(["sigmoid", "sft"], f_divergence="js_divergence")
-    (term,) = check_loss_options("cpo_simpo", cpo_alpha=0.3)
+    LossOptions(["exo_pair", "sft"], label_smoothing=1e-3)
+    LossOptions(["sigmoid", "sft"], f_divergence="js_divergence")
+    (term,) = LossOptions("cpo_simpo", parameters={"cpo_alpha": 0.3}).terms
     assert term.parameters == {"simpo_gamma": 0.5, "cpo_alpha": 0.3}
 
 

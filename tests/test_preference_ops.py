@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastdpo.formulas import oracle
+from fastdpo.formulas import F_DIVERGENCES, LOSSES, PARAMETERS, oracle
 from fastdpo.formulas.checks import MAX_TRITON_PAIRS
-from fastdpo.formulas.losses import F_DIVERGENCES, LOSSES
 from fastdpo.loss.dynamic_beta import DynamicBeta
 from fastdpo.loss.preference import preference_loss, token_preference_loss
 from fastdpo.ops.preference_loss import operators as ops
@@ -31,6 +30,7 @@ COMBINATIONS = [
     for name, loss in LOSSES.items()
     for f_divergence in (F_DIVERGENCES if loss.supports_f_divergence else ["reverse_kl"])
 ]
+DEFAULTS = [PARAMETERS[name].default for name in ops.LOSS_PARAMETERS]
 LOOSE = {
     # e^u of a log-ratio rounded to fp32
     "forward_kl": 1e-5,
@@ -276,9 +276,7 @@ def test_unchecked_boundaries_read_no_other_memory() -> None:
 
 def test_operators_refuse_what_their_fakes_refuse() -> None:
     pairs = ops.PairTensors(torch.zeros(4), torch.zeros(2), None, None, None, None, None, None, None)
-    options = ops.LossOptions(
-        ["simpo"], [1.0], list(ops.PARAMETERS.values()), 0.0, "reverse_kl", False, True, "mean", None
-    )
+    options = ops.PackedLoss(["simpo"], [1.0], DEFAULTS, 0.0, "reverse_kl", False, True, "mean", None)
     with pytest.raises(ValueError, match=r"rejected_logps has shape \(2,\)"):
         ops.preference_loss(*pairs, None, 0.1, None, *options.packed(), "triton")
 
@@ -418,9 +416,7 @@ def test_split_launch_is_the_single_one(scope: str) -> None:
         data["chosen_logps"] - data["ref_chosen_logps"] - data["rejected_logps"] + data["ref_rejected_logps"]
     )
     margins, parts = [], []
-    options = ops.LossOptions(
-        ["sigmoid"], [1.0], list(ops.PARAMETERS.values()), 0.0, "reverse_kl", True, False, "sum", 0.1
-    )
+    options = ops.PackedLoss(["sigmoid"], [1.0], DEFAULTS, 0.0, "reverse_kl", True, False, "sum", 0.1)
     for rank in range(2):
         mine = slice(5 * rank, 5 * rank + 5)
         pairs = ops.PairTensors(*(data[key][mine] for key in SIDES), None, None, None, None, None)
@@ -484,9 +480,7 @@ def test_torch_gradients_by_finite_differences(name: str, f_divergence: str) -> 
 def test_opcheck() -> None:
     backend = "triton"
     data = cast(random_pairs(3), torch.float32)
-    options = ops.LossOptions(
-        ["sigmoid", "sft"], [1.0, 0.5], list(ops.PARAMETERS.values()), 0.0, "reverse_kl", True, False, "mean", None
-    )
+    options = ops.PackedLoss(["sigmoid", "sft"], [1.0, 0.5], DEFAULTS, 0.0, "reverse_kl", True, False, "mean", None)
     tokens, _, boundaries = ragged([2, 3, 1, 2, 4, 2])
     leaf = tokens.float().requires_grad_()
     sequences = ops.PairTensors(*(data[key] for key in SIDES), None, None, None, None, None)

@@ -27,7 +27,7 @@ from benchmarks.gpu.head_plans import environment
 from benchmarks.gpu.sizes import FLAGGED_SPREAD, HeadCheck
 from fastdpo import DynamicBeta
 from fastdpo.formulas import oracle, rng
-from fastdpo.formulas.checks import STATS
+from fastdpo.formulas.head_options import STATS
 from fastdpo.formulas.losses import LOSSES
 from fastdpo.ops.backends import resolve_backend
 

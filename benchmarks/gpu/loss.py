@@ -15,7 +15,7 @@ from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.sizes import Sizes
 from fastdpo import DynamicBeta, preference_loss
-from fastdpo.loss.logprobs import token_preference_loss
+from fastdpo.loss import token_preference_loss
 
 #: Runs before a capture, on a stream of their own: compilation and lazy initialisation may not be captured.
 WARM_UP = 3

@@ -19,8 +19,15 @@ from fastdpo.estimate.architectures import find_config, known_architectures, sto
 from fastdpo.estimate.devices import GPUS, Device, measured_cpu
 from fastdpo.estimate.memory import MemoryEstimator, Part, Run, Surroundings
 from fastdpo.estimate.timing import KINDS, StepTimes, optimizer_seconds, time_micro_batch
-from fastdpo.training.options.checks import head_workspace_bytes
-from fastdpo.training.options.config import DEFAULT_MICRO_BATCH_TOKENS, ModelConfig, check_fields
+from fastdpo.training.options import FastDPOConfig, ModelConfig
+from fastdpo.training.options.fields import check_fields, like
+from fastdpo.training.options.sizes import (
+    DEFAULT_MICRO_BATCH_TOKENS,
+    check_lengths,
+    check_micro_batch_tokens,
+    check_offloading,
+    head_workspace_bytes,
+)
 
 _DESCRIPTION = """Predict the peak memory of a training run, part by part, the time split of a step, and the largest
 micro-batch and pair that a card holds. Reads a configuration, no weights; needs no GPU.
@@ -49,32 +56,25 @@ class EstimateConfig:
             "choices": ["auto", *_NAMES],
         },
     )
-    max_length: int = field(default=1024, metadata={"help": "Longest prompt + completion, in tokens."})
-    max_prompt_length: int | None = field(
-        default=512, metadata={"help": "Prompt tokens of the longest pair. None: half of max_length."}
+    max_length: int = like(FastDPOConfig, "max_length")
+    max_prompt_length: int | None = like(
+        FastDPOConfig, "max_prompt_length", "Prompt tokens of the longest pair. None: half of max_length."
     )
-    micro_batch_tokens: str = field(
-        default="auto",
-        metadata={
-            "help": "Tokens per forward with gradients; a longer pair goes alone. auto: the most that fits into the "
-            f"(first) --gpu_memory, and {DEFAULT_MICRO_BATCH_TOKENS} without one."
-        },
+    micro_batch_tokens: str = like(
+        FastDPOConfig,
+        "micro_batch_tokens",
+        "Tokens per forward with gradients; a longer pair goes alone. auto: the most that fits into the (first) "
+        f"--gpu_memory, and {DEFAULT_MICRO_BATCH_TOKENS} without one.",
     )
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "Pairs per optimizer step."})
-    gradient_checkpointing: str = field(
-        default="auto",
-        metadata={
-            "help": "true, false, or auto: where the longest pair does not fit without.",
-            "choices": ["auto", "true", "false"],
-        },
+    per_device_train_batch_size: int = like(FastDPOConfig, "per_device_train_batch_size", "Pairs per optimizer step.")
+    gradient_checkpointing: str = like(
+        FastDPOConfig, "gradient_checkpointing", "true, false, or auto: where the longest pair does not fit without."
     )
-    activation_offloading: bool = field(
-        default=False, metadata={"help": "Keep what checkpointed layers need in the host's memory."}
+    activation_offloading: bool = like(FastDPOConfig, "activation_offloading")
+    head_workspace: str = like(
+        FastDPOConfig, "head_workspace", "On a GPU, what the head's exponentials of a chunk may take."
     )
-    head_workspace: str = field(
-        default="256MiB", metadata={"help": "On a GPU, what the head's exponentials of a chunk may take."}
-    )
-    bf16: bool | None = field(default=None, metadata={"help": "bfloat16 autocast. Default: on for a GPU."})
+    bf16: bool | None = like(FastDPOConfig, "bf16", "bfloat16 autocast. Default: on for a GPU.")
     demo: bool = field(
         default=False,
         metadata={"help": "Start from the settings of `fastdpo demo`. Only as a flag; others override it."},
@@ -83,22 +83,11 @@ class EstimateConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("max_length", "max_prompt_length", "per_device_train_batch_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name}={value}: at least 1.")
-        if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
-            raise ValueError(
-                f"max_prompt_length={self.max_prompt_length} leaves no room for a completion within "
-                f"max_length={self.max_length}; lower the first or raise the second."
-            )
-        tokens = str(self.micro_batch_tokens)
-        if tokens != "auto" and not (tokens.isdigit() and int(tokens) >= 1):
-            raise ValueError(f"micro_batch_tokens={self.micro_batch_tokens!r}: 'auto' or a number of at least 1.")
-        if self.activation_offloading and self.gradient_checkpointing == "false":
-            raise ValueError(
-                "activation_offloading=True moves what checkpointed layers keep, but gradient_checkpointing='false'. "
-                "Leave that at auto, or drop the offloading."
-            )
+        check_lengths(
+            self, least="at least 1.", names=("max_length", "max_prompt_length", "per_device_train_batch_size")
+        )
+        check_micro_batch_tokens(self.micro_batch_tokens)
+        check_offloading(self)
         head_workspace_bytes(self.head_workspace)
         if self.on_cpu and self.head_workspace != type(self).head_workspace:
             raise ValueError(f"head_workspace={self.head_workspace!r} has no effect with device='cpu'; drop it.")

@@ -34,7 +34,7 @@ from fastdpo.ops.linear_logprob.tiles import (
     plan_gpu_tiles,
 )
 from fastdpo.training.memory.counting import LiveBytes, workspaces
-from fastdpo.training.options.config import ModelConfig
+from fastdpo.training.options import ModelConfig
 from fastdpo.training.rows.attention import Segment, Segments, segments_active
 from fastdpo.training.scoring.head import Head
 

@@ -1,97 +1,16 @@
-"""Arguments of the losses and of dynamic β, checked in one place for the functions, the modules and the trainer."""
+"""The tensors of the losses and of dynamic β, checked against each other and against the losses that read them.
+
+Shapes, dtypes and devices only, of which no check waits for a device; options check themselves (`options.py`).
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from fastdpo.formulas.losses import F_DIVERGENCES, LOSSES, Loss, LossTerm
-
-STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
-BETA_SCOPES = ("batch", "instance")
-BETA_VARIANTS = ("released", "paper")
-
-
-def check_loss_options(
-    loss_types: str | Sequence[str],
-    *,
-    loss_weights: Sequence[float] | None = None,
-    beta: float | Tensor = 0.1,
-    label_smoothing: float = 0.0,
-    f_divergence: str = "reverse_kl",
-    **parameters: float,
-) -> tuple[LossTerm, ...]:
-    """Validate a loss, or a weighted list of losses, and fill in the parameters' defaults.
-
-    Label smoothing must be read by at least one loss of the list; an f-divergence by every loss with a reference. A
-    tensor β is not checked, as that would wait for the device.
-
-    Raises:
-        ValueError: an option is unknown, out of range, or would be ignored by the losses chosen.
-    """
-    names = [loss_types] if isinstance(loss_types, str) else list(loss_types)
-    unknown = [name for name in names if name not in LOSSES]
-    if unknown or not names:
-        raise ValueError(f"loss_type={unknown or names!r} is unknown; choose among {', '.join(LOSSES)}.")
-    losses = [LOSSES[name] for name in names]
-    weights = [1.0] * len(losses) if loss_weights is None else [float(weight) for weight in loss_weights]
-    if len(weights) != len(losses):
-        raise ValueError(
-            f"loss_weights has {len(weights)} entries for {len(losses)} losses {names}; give one for each."
-        )
-    if not all(map(math.isfinite, weights)):
-        raise ValueError(f"loss_weights={weights}: every weight must be finite.")
-    if not isinstance(beta, Tensor) and not (0.0 < beta < math.inf):
-        raise ValueError(f"beta={beta} must be positive and finite; 0.1 is the usual choice.")
-    _check_label_smoothing(losses, label_smoothing)
-    _check_f_divergence(losses, f_divergence)
-    known = {name for loss in losses for name in loss.parameters} | set(F_DIVERGENCES[f_divergence])
-    if stray := sorted(set(parameters) - known):
-        accepted = ", ".join(sorted(known)) or "none"
-        raise ValueError(f"loss parameter {stray} is not used by {names} with {f_divergence}; they take: {accepted}.")
-    _check_parameters(parameters)
-    return tuple(
-        LossTerm(loss, weight, {name: parameters.get(name, default) for name, default in loss.parameters.items()})
-        for loss, weight in zip(losses, weights, strict=True)
-    )
-
-
-def _check_label_smoothing(losses: Sequence[Loss], label_smoothing: float) -> None:
-    names = [loss.name for loss in losses]
-    if not 0.0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 0.5), as a share of flipped labels.")
-    if label_smoothing > 0.0 and not any(loss.uses_label_smoothing for loss in losses):
-        users = ", ".join(loss.name for loss in LOSSES.values() if loss.uses_label_smoothing)
-        raise ValueError(f"label_smoothing={label_smoothing} has no effect on {names}; set 0, or use one of {users}.")
-    if "exo_pair" in names and label_smoothing == 0.0:
-        raise ValueError("loss_type='exo_pair' takes log(label_smoothing), so 0 is infinite; 1e-3 is recommended.")
-
-
-def _check_f_divergence(losses: Sequence[Loss], f_divergence: str) -> None:
-    if f_divergence not in F_DIVERGENCES:
-        raise ValueError(f"f_divergence={f_divergence!r} is unknown; choose one of {', '.join(F_DIVERGENCES)}.")
-    if f_divergence == "reverse_kl":
-        return
-    stray = [loss.name for loss in losses if loss.needs_reference and not loss.supports_f_divergence]
-    if stray or not any(loss.supports_f_divergence for loss in losses):
-        users = ", ".join(loss.name for loss in LOSSES.values() if loss.supports_f_divergence)
-        names = stray or [loss.name for loss in losses]
-        raise ValueError(f"f_divergence={f_divergence!r} does not act on {names}; use reverse_kl, or one of {users}.")
-
-
-def _check_parameters(parameters: Mapping[str, float]) -> None:
-    for name, value in parameters.items():
-        if not math.isfinite(value):
-            raise ValueError(f"{name}={value} must be finite.")
-    # Above 1 the exponential half of DiscoPOP grows without bound for badly ranked pairs
-    if not 0.0 < (tau := parameters.get("discopop_tau", 0.05)) <= 1.0:
-        raise ValueError(f"discopop_tau={tau} must be in (0, 1]; 0.05 is the paper's.")
-    for name in ("simpo_gamma", "cpo_alpha"):
-        if (value := parameters.get(name, 0.0)) < 0.0:
-            raise ValueError(f"{name}={value} must not be negative.")
+from fastdpo.formulas.losses import LossTerm
 
 
 def check_loss_inputs(terms: Sequence[LossTerm], *, has_reference: bool, has_lengths: bool) -> None:
@@ -209,45 +128,3 @@ def check_sorted_losses(
         raise ValueError(f"{names} match pairs by rank, so β cannot differ between pairs; pass one beta.")
     if names and pair_weights is not None:
         raise ValueError(f"{names} match pairs by rank, so pair_weights have no pair to act on; leave them out.")
-
-
-def check_dynamic_beta_options(
-    *,
-    beta: float,
-    alpha: float,
-    momentum: float,
-    keep_ratio: float,
-    min_beta: float,
-    scope: str,
-    variant: str,
-    seed: int,
-) -> None:
-    """Raise ValueError for a setting of `dynamic_beta` that is out of range."""
-    if not 0.0 < beta < math.inf:
-        raise ValueError(f"beta={beta} must be positive and finite; 0.1 is the usual choice.")
-    if not 0.0 <= alpha < math.inf:
-        raise ValueError(f"alpha={alpha} must be at least 0 and finite; 0.6 is the paper's, 0 keeps β fixed.")
-    if not 0.0 <= momentum < 1.0:
-        raise ValueError(f"momentum={momentum} must be in [0, 1); 0.9 is the paper's.")
-    if not 0.0 < keep_ratio <= 1.0:
-        raise ValueError(f"keep_ratio={keep_ratio} must be in (0, 1]; 0.8 is the paper's, 1 keeps every pair.")
-    if not 0.0 < min_beta <= beta:
-        raise ValueError(f"min_beta={min_beta} must be positive and at most beta={beta}; 1e-3 is the paper's.")
-    if scope not in BETA_SCOPES:
-        raise ValueError(f"scope={scope!r} is unknown; choose one of {', '.join(BETA_SCOPES)}.")
-    if variant not in BETA_VARIANTS:
-        raise ValueError(f"variant={variant!r} is unknown; choose one of {', '.join(BETA_VARIANTS)}.")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed={seed} must be in [0, 2**63).")
-
-
-def check_head_options(stats: Sequence[str], *, temperature: float, logit_scale: float, softcap: float | None) -> None:
-    """Raise ValueError for an option of `linear_logprob` that is unknown or out of range."""
-    if unknown := sorted(set(stats) - set(STATS)):
-        raise ValueError(f"stats={unknown} are unknown; choose among {', '.join(STATS)}.")
-    if softcap is not None and not 0.0 < softcap < math.inf:
-        raise ValueError(f"softcap={softcap} must be positive and finite, or None for no cap.")
-    if not 0.0 < temperature < math.inf:
-        raise ValueError(f"temperature={temperature} must be positive and finite; 1.0 leaves the logits as they are.")
-    if not math.isfinite(logit_scale):
-        raise ValueError(f"logit_scale={logit_scale} must be finite; 1.0 leaves the logits as they are.")

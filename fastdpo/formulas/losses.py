@@ -4,8 +4,9 @@ Symbols, all of shape (B,): u_w and u_l are the log-ratios log π(y|x) − log �
 completion, summed over tokens (log π(y|x) where there is no reference); s_w and s_l are the same after the
 f-divergence; Δ = s_w − s_l; |y| is a completion's length in tokens; σ is the logistic function.
 
-A loss is added by one entry in `LOSSES` and one test. Every formula is finite, with finite gradients, for |u| ≤ 1e4 in
-float32 and float64. The trainer, the eager oracle and the kernels all read needs and parameters from this table.
+A loss is added by one entry in `LOSSES` and one test, a parameter of its own by one in `parameters.PARAMETERS`. Every
+formula is finite, with finite gradients, for |u| ≤ 1e4 in float32 and float64. The trainer, the eager oracle and the
+kernels all read needs and parameters from this table.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastdpo.formulas.parameters import PARAMETERS, taking
 
 #: Largest exponent in the forward KL and the α-divergence: e^40 = 2.4e17, so that even a squared score (ipo) and its
 #: gradient stay in float32's range. Beyond it a score is constant and has no gradient. The same in every dtype.
@@ -108,7 +110,7 @@ class Loss:
     uses_label_smoothing: bool = False
     supports_f_divergence: bool = False
     gap: Literal["sum", "mean"] = "sum"
-    parameters: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    parameters: Mapping[str, float] = field(default_factory=taking)
 
     @property
     def sorts_batch(self) -> bool:
@@ -236,8 +238,6 @@ def _cpo_simpo(b: PairBatch, *, simpo_gamma: float, cpo_alpha: float) -> Tensor:
     return _simpo(b, simpo_gamma=simpo_gamma) + cpo_alpha * b.chosen_mean_nll
 
 
-_SIMPO = MappingProxyType({"simpo_gamma": 0.5})
-_CPO = MappingProxyType({"cpo_alpha": 1.0})
 _TABLE = (
     Loss(
         "sigmoid",
@@ -276,7 +276,7 @@ _TABLE = (
         _discopop,
         "DiscoPOP, 2406.08414 eq. 5",
         supports_f_divergence=True,
-        parameters=MappingProxyType({"discopop_tau": 0.05}),
+        parameters=taking("discopop_tau"),
     ),
     Loss(
         "sft",
@@ -302,7 +302,7 @@ _TABLE = (
         needs_reference=False,
         needs_lengths=True,
         gap="mean",
-        parameters=_SIMPO,
+        parameters=taking("simpo_gamma"),
     ),
     Loss("orpo", _orpo, "ORPO, 2403.07691 eq. 6–7, λ = β", needs_reference=False, needs_lengths=True, gap="mean"),
     Loss(
@@ -312,7 +312,7 @@ _TABLE = (
         needs_reference=False,
         needs_lengths=True,
         uses_label_smoothing=True,
-        parameters=_CPO,
+        parameters=taking("cpo_alpha"),
     ),
     Loss(
         "cpo_simpo",
@@ -321,7 +321,7 @@ _TABLE = (
         needs_reference=False,
         needs_lengths=True,
         gap="mean",
-        parameters=MappingProxyType({**_SIMPO, **_CPO}),
+        parameters=taking("simpo_gamma", "cpo_alpha"),
     ),
 )
 LOSSES: dict[str, Loss] = {loss.name: loss for loss in _TABLE}
@@ -370,14 +370,19 @@ def match_by_rank(loss: Loss, b: PairBatch) -> PairBatch:
 
 #: f-divergence → its parameters with defaults.
 F_DIVERGENCES: dict[str, Mapping[str, float]] = {
-    "reverse_kl": MappingProxyType({}),
-    "forward_kl": MappingProxyType({}),
-    "js_divergence": MappingProxyType({}),
-    "alpha_divergence": MappingProxyType({"f_alpha_divergence_coef": 0.5}),
+    "reverse_kl": taking(),
+    "forward_kl": taking(),
+    "js_divergence": taking(),
+    "alpha_divergence": taking("f_alpha_divergence_coef"),
 }
 
 
-def divergence_scores(log_ratios: Tensor, f_divergence: str, *, f_alpha_divergence_coef: float = 0.5) -> Tensor:
+def divergence_scores(
+    log_ratios: Tensor,
+    f_divergence: str,
+    *,
+    f_alpha_divergence_coef: float = PARAMETERS["f_alpha_divergence_coef"].default,
+) -> Tensor:
     """f'(t) at t = e^u, up to a constant that cancels in Δ (2309.16240, table 1). (B,) log-ratios u → (B,) scores.
 
     reverse KL u; forward KL 1 − e^−u; JS log 2 + log σ(u); α-divergence (e^((α−1)u) − 1)/(α − 1). Exponents are

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastdpo.formulas.checks import check_dynamic_beta_options, check_plan_tensors
-from fastdpo.formulas.oracle import BetaPlan, BetaState, dynamic_beta
+from fastdpo.formulas.beta_options import BetaOptions
+from fastdpo.formulas.checks import check_plan_tensors
+from fastdpo.formulas.oracle import dynamic_beta
+from fastdpo.formulas.outputs import BetaPlan, BetaState
+from fastdpo.formulas.signatures import documents_options
 from fastdpo.ops.backends import check_backend_name
-from fastdpo.ops.preference_loss.operators import PlanOptions, as_plan, plan_batch, serving_backend
+from fastdpo.ops.preference_loss.operators import PackedPlan, as_plan, plan_batch, serving_backend
 
 
+@documents_options(BetaOptions)
 class DynamicBeta(nn.Module):
     """Chooses β and the pairs to keep for every batch; the rules are `fastdpo.formulas.oracle.dynamic_beta`'s.
 
@@ -22,14 +25,7 @@ class DynamicBeta(nn.Module):
     `plan`, and `commit` once the optimizer has stepped. In eval mode the statistics are frozen and every pair is kept.
 
     Args:
-        beta: β0.
-        alpha: how strongly β follows the batch's gap; 0 keeps it fixed.
-        momentum: of the running mean and spread, in [0, 1).
-        keep_ratio: share of the pairs that the filter keeps, in (0, 1].
-        min_beta: lower bound of β, at most `beta`.
-        scope: "batch" for one β, "instance" for one per pair.
-        variant: "released" as the authors' code, "paper" as the paper's formulas.
-        seed: of the filter's draws, which depend on nothing but it, the step and the pair's index.
+        beta, alpha, momentum, keep_ratio, min_beta, scope, variant, seed: the fields of `BetaOptions`, as below.
         backend: "auto", "torch" or "triton"; all draw the same.
 
     Raises:
@@ -42,28 +38,18 @@ class DynamicBeta(nn.Module):
 
     def __init__(
         self,
-        beta: float = 0.1,
-        alpha: float = 0.6,
-        momentum: float = 0.9,
-        keep_ratio: float = 0.8,
-        min_beta: float = 1e-3,
-        scope: str = "batch",
-        variant: str = "released",
-        seed: int = 0,
+        beta: float = BetaOptions.beta,
+        alpha: float = BetaOptions.alpha,
+        momentum: float = BetaOptions.momentum,
+        keep_ratio: float = BetaOptions.keep_ratio,
+        min_beta: float = BetaOptions.min_beta,
+        scope: str = BetaOptions.scope,
+        variant: str = BetaOptions.variant,
+        seed: int = BetaOptions.seed,
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.options: dict[str, Any] = {
-            "beta": beta,
-            "alpha": alpha,
-            "momentum": momentum,
-            "keep_ratio": keep_ratio,
-            "min_beta": min_beta,
-            "scope": scope,
-            "variant": variant,
-            "seed": seed,
-        }
-        check_dynamic_beta_options(**self.options)
+        self.options = BetaOptions(beta, alpha, momentum, keep_ratio, min_beta, scope, variant, seed)
         check_backend_name(backend)
         self.backend = backend
         self.register_buffer("m0", torch.zeros((), dtype=torch.float32))
@@ -73,16 +59,16 @@ class DynamicBeta(nn.Module):
     @property
     def beta(self) -> float:
         """β0, which also scales the rewards."""
-        return float(self.options["beta"])
+        return float(self.options.beta)
 
     @property
     def state(self) -> BetaState:
         """The statistics, 0-D: m0 and sigma in float32, step in int64."""
         return BetaState(self.m0, self.sigma, self.step)
 
-    def plan_options(self) -> PlanOptions:
+    def plan_options(self) -> PackedPlan:
         """The settings as operators take them."""
-        return PlanOptions(**self.options, training=self.training)
+        return PackedPlan(self.options, self.training)
 
     def backend_for(self, backend: str) -> str:
         """The backend of a call that names one too. Raises ValueError where the two differ."""
@@ -96,7 +82,7 @@ class DynamicBeta(nn.Module):
         check_plan_tensors(margins, *self.state)
         backend = serving_backend(self.backend_for(backend), margins, margins.shape[0])
         if backend == "torch":
-            return dynamic_beta(margins, self.state, training=self.training, **self.options)
+            return dynamic_beta(margins, self.state, options=self.options, training=self.training)
         return as_plan(plan_batch(margins, *self.state, *self.plan_options().packed(), backend))
 
     @torch.no_grad()
@@ -127,7 +113,7 @@ class DynamicBeta(nn.Module):
         return plan_of(plan, slice(first_pair, first_pair + margins.numel()))
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return ", ".join(f"{name}={value!r}" for name, value in vars(self.options).items())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynamicBeta:
         # .half() and .to(dtype) move the statistics but leave them as they are: 16 bits cannot hold a running mean

@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastdpo.formulas.checks import check_head_options, check_loss_options
+from fastdpo.formulas.head_options import check_head_options
 from fastdpo.formulas.losses import LossTerm
-from fastdpo.formulas.oracle import BetaPlan, completion_weights
-from fastdpo.loss.dynamic_beta import DynamicBeta
+from fastdpo.formulas.options import LossKeywords, LossOptions, takes_loss_options
+from fastdpo.formulas.oracle import completion_weights
+from fastdpo.formulas.outputs import BetaPlan
 from fastdpo.loss.logprobs import linear_logprob, scored_rows, spread_rows
-from fastdpo.loss.preference import Reduction, preference_loss
+from fastdpo.loss.preference import preference_loss
 from fastdpo.ops.linear_logprob.operators import check_head_tensors
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class LinearPreferenceOutput(NamedTuple):
@@ -129,6 +133,7 @@ class _Reference(NamedTuple):
         return () if logps is None else logps.chunk(2)
 
 
+@takes_loss_options()
 def linear_preference_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -139,14 +144,7 @@ def linear_preference_loss(
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
     ref_logps: Tensor | None = None,
-    loss_type: str | Sequence[str] = "sigmoid",
-    loss_weights: Sequence[float] | None = None,
-    beta: float | Tensor | DynamicBeta = 0.1,
     keep: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    f_divergence: str = "reverse_kl",
-    reduction: Reduction = "mean",
-    reward_beta: float | None = None,
     pair_weights: Tensor | None = None,
     ld_alpha: float | None = None,
     average_log_prob: bool = False,
@@ -156,7 +154,8 @@ def linear_preference_loss(
     ignore_index: int | None = -100,
     process_group: dist.ProcessGroup | None = None,
     backend: str = "auto",
-    **loss_parameters: Any,
+    options: LossOptions | None = None,
+    **named: Unpack[LossKeywords],
 ) -> LinearPreferenceOutput:
     """The preference loss of B pairs from their hidden states; no logits are kept.
 
@@ -174,9 +173,8 @@ def linear_preference_loss(
         ld_alpha: LD-DPO (2409.06411 eq. 11): tokens beyond the length of the pair's other completion weigh this much.
         average_log_prob: means over tokens in the place of sums. Not for losses that divide by the length themselves.
         temperature, logit_scale, softcap, ignore_index: of the head, policy's and reference's, as in `linear_logprob`.
-        loss_type, loss_weights, beta, keep, label_smoothing, f_divergence, reduction, reward_beta, pair_weights,
-            process_group, loss_parameters: as in `preference_loss`. A `DynamicBeta` plans and, in training mode,
-            commits in this call. Likelihood terms (sft, orpo, cpo, cpo_simpo) take unweighted sums.
+        keep, pair_weights, process_group: as in `preference_loss`. Likelihood terms (sft, orpo, cpo, cpo_simpo) take
+            unweighted sums.
         backend: "auto", "torch" or "triton", for head and loss.
 
     Returns:
@@ -186,14 +184,8 @@ def linear_preference_loss(
         ValueError, TypeError: an option, shape, dtype or device that does not fit, named with its value, before any
             work where it can be known; no reference for a loss that needs one, or two.
     """
-    terms = check_loss_options(
-        loss_type,
-        loss_weights=loss_weights,
-        beta=beta.beta if isinstance(beta, DynamicBeta) else beta,
-        label_smoothing=label_smoothing,
-        f_divergence=f_divergence,
-        **loss_parameters,
-    )
+    options = LossOptions.of(options, named)
+    terms = options.terms
     check_sequence_options(terms, average_log_prob=average_log_prob, ld_alpha=ld_alpha)
     check_head_options((), temperature=temperature, logit_scale=logit_scale, softcap=softcap)
     if hidden.dim() != 3 or hidden.shape[0] % 2:
@@ -220,21 +212,14 @@ def linear_preference_loss(
         chosen,
         rejected,
         *references,
-        loss_type=loss_type,
-        loss_weights=loss_weights,
-        beta=beta,
         keep=keep,
-        label_smoothing=label_smoothing,
         chosen_lengths=chosen_lengths,
         rejected_lengths=rejected_lengths,
-        f_divergence=f_divergence,
-        reduction=reduction,
-        reward_beta=reward_beta,
         pair_weights=pair_weights,
         sft_logps=None if weights is None else token_logps.chunk(2)[0].sum(1),
         process_group=process_group,
         backend=backend,
-        **loss_parameters,
+        options=options,
     )
     return LinearPreferenceOutput(*output, chosen.detach(), rejected.detach())
 

@@ -1,4 +1,4 @@
-"""The loss functions as users call them: arguments as in `fastdpo.formulas.oracle`, and a choice of backend.
+"""`linear_logprob` and `selective_logprob`: log-probs from hidden states or from logits, arguments as in the oracle.
 
 `backend` is "auto", "torch" or "triton"; an explicit one that cannot run here raises and says why.
 """
@@ -10,9 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastdpo.formulas.checks import check_head_options
-from fastdpo.loss.preference import preference_loss as preference_loss
-from fastdpo.loss.preference import token_preference_loss as token_preference_loss
+from fastdpo.formulas.head_options import check_head_options
 from fastdpo.ops.backends import resolve_backend
 from fastdpo.ops.linear_logprob.operators import check_head_tensors
 from fastdpo.ops.linear_logprob.tiles import MIN_WORKSPACE, WORKSPACE

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastdpo.formulas.checks import check_head_options, check_loss_options
+from fastdpo.formulas.head_options import check_head_options
+from fastdpo.formulas.options import LossOptions, takes_loss_options
+from fastdpo.formulas.parameters import PARAMETERS
 from fastdpo.loss.dynamic_beta import DynamicBeta
 from fastdpo.loss.linear_preference import LinearPreferenceOutput, check_sequence_options, linear_preference_loss
 
 #: Rows of the head's weight that are summed at a time: on a CPU a 16-bit block is copied in float32.
 _SUMMED_ROWS = 16384
+#: Those of Liger's arguments that are options of the loss.
+_LIGERS_DEFAULTS: dict[str, Any] = {
+    "beta": LossOptions.beta,
+    "loss_type": LossOptions.loss_type,
+    "label_smoothing": LossOptions.label_smoothing,
+    "discopop_tau": PARAMETERS["discopop_tau"].default,
+}
 #: chosen_logps, rejected_logps (B,); chosen_logits_mean, rejected_logits_mean, nll_loss 0-D; both rewards (B,).
 Metrics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -30,7 +40,7 @@ class FusedLinearDPOLoss(nn.Module):
 
     Args:
         ignore_index: the target of prompt and padding.
-        beta: float or `DynamicBeta`.
+        beta: float or `DynamicBeta`, no tensor.
         alpha: weight of the likelihood term.
         compute_nll_loss: add alpha times the chosen completions' negative log-likelihood, a mean over tokens (of the
             kept pairs, with a `DynamicBeta`).
@@ -38,11 +48,11 @@ class FusedLinearDPOLoss(nn.Module):
             what: here the head plans its tiles itself, and the module may be compiled from outside.
         use_ref_model: whether there is a reference; else the loss is on plain log-probs, as if the reference's were 0.
         average_log_prob: means over tokens in the place of sums.
-        loss_type, loss_weights, label_smoothing, f_divergence, reward_beta, loss_parameters, process_group: as in
-            `linear_preference_loss`.
-        discopop_tau: of the loss "discopop".
+        loss_type, label_smoothing, discopop_tau: as below; by position too, as Liger's.
+        process_group: as in `linear_preference_loss`.
         temperature, logit_scale, softcap: of the head, as in `linear_logprob`.
         backend: "auto", "torch" or "triton".
+        options: the loss' options together, in the place of all that are below; the loss is a mean.
 
     Raises:
         ValueError, TypeError: an option unknown, out of range or without effect.
@@ -50,72 +60,52 @@ class FusedLinearDPOLoss(nn.Module):
 
     beta: float | DynamicBeta
 
+    @takes_loss_options(without=["reduction"])
     def __init__(
         self,
         ignore_index: int = -100,
-        beta: float | DynamicBeta = 0.1,
+        beta: float | DynamicBeta = _LIGERS_DEFAULTS["beta"],
         alpha: float = 1.0,
         compute_nll_loss: bool = False,
         compiled: bool = True,
         use_ref_model: bool = True,
         average_log_prob: bool = False,
         chunk_size: int = 1,
-        loss_type: str | Sequence[str] = "sigmoid",
-        label_smoothing: float = 0.0,
-        discopop_tau: float = 0.05,
+        loss_type: str | Sequence[str] = _LIGERS_DEFAULTS["loss_type"],
+        label_smoothing: float = _LIGERS_DEFAULTS["label_smoothing"],
+        discopop_tau: float = _LIGERS_DEFAULTS["discopop_tau"],
         *,
-        loss_weights: Sequence[float] | None = None,
-        f_divergence: str = "reverse_kl",
-        reward_beta: float | None = None,
         temperature: float = 1.0,
         logit_scale: float = 1.0,
         softcap: float | None = None,
         process_group: dist.ProcessGroup | None = None,
         backend: str = "auto",
-        **loss_parameters: float,
+        options: LossOptions | None = None,
+        **named: Any,
     ) -> None:
         super().__init__()
-        if not isinstance(beta, (int, float, DynamicBeta)):
-            raise TypeError(f"beta is a {type(beta).__name__}; pass a float or a DynamicBeta.")
+        self.beta = beta if options is None else options.beta  # type: ignore[assignment]
+        if not isinstance(self.beta, (int, float, DynamicBeta)):
+            raise TypeError(f"beta is a {type(self.beta).__name__}; pass a float or a DynamicBeta.")
         if chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size} must be at least 1; it has no effect on the result.")
         if alpha != 1.0 and not compute_nll_loss:
             raise ValueError(f"alpha={alpha} weighs the likelihood term; it needs compute_nll_loss=True.")
+        own = {"beta": beta, "loss_type": loss_type, "label_smoothing": label_smoothing, "discopop_tau": discopop_tau}
         self.ignore_index = ignore_index
-        self.beta = beta
         self.alpha = alpha
         self.compute_nll_loss = compute_nll_loss
         self.use_ref_model = use_ref_model
         self.average_log_prob = average_log_prob
-        self.loss_type = loss_type
-        self.label_smoothing = label_smoothing
-        self.loss_weights = loss_weights
-        self.f_divergence = f_divergence
-        if "discopop" in self._losses()[0] or discopop_tau != 0.05:
-            loss_parameters["discopop_tau"] = discopop_tau
-        self.loss_parameters: dict[str, Any] = loss_parameters
         self.head_options: dict[str, Any] = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
-        self.reward_beta, self.process_group, self.backend = reward_beta, process_group, backend
-        self._check_options()
-
-    def _check_options(self) -> None:
-        losses, weights = self._losses()
-        terms = check_loss_options(
-            losses,
-            loss_weights=weights,
-            beta=self.beta.beta if isinstance(self.beta, DynamicBeta) else self.beta,
-            label_smoothing=self.label_smoothing,
-            f_divergence=self.f_divergence,
-            **self.loss_parameters,
-        )
-        check_sequence_options(terms, average_log_prob=self.average_log_prob)
+        self.process_group, self.backend = process_group, backend
+        #: With the likelihood term as the loss "sft". The β in it is β0: `beta` may be a module, which is saved here.
+        self.options = self._with_beta0(_loss_options(options, own, named, alpha if compute_nll_loss else None))
+        check_sequence_options(self.options.terms, average_log_prob=average_log_prob)
         check_head_options((), **self.head_options)
 
-    def _losses(self) -> tuple[list[str], list[float]]:
-        """Names and weights, with the likelihood term as the loss "sft"."""
-        names = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
-        weights = [1.0] * len(names) if self.loss_weights is None else list(self.loss_weights)
-        return ([*names, "sft"], [*weights, self.alpha]) if self.compute_nll_loss else (names, weights)
+    def _with_beta0(self, options: LossOptions) -> LossOptions:
+        return replace(options, beta=self.beta.beta) if isinstance(self.beta, DynamicBeta) else options
 
     def forward(
         self,
@@ -153,7 +143,6 @@ class FusedLinearDPOLoss(nn.Module):
         stray = [name for name, tensor in given.items() if tensor is not None]
         if stray and not self.use_ref_model:
             raise ValueError(f"{stray} would not be read, as use_ref_model=False; leave them out.")
-        losses, weights = self._losses()
         output = linear_preference_loss(
             _input,
             lin_weight,
@@ -163,18 +152,12 @@ class FusedLinearDPOLoss(nn.Module):
             ref_weight=ref_weight,
             ref_bias=ref_bias,
             ref_logps=None if self.use_ref_model else _input.new_zeros(_input.shape[:1], dtype=torch.float32),
-            loss_type=losses,
-            loss_weights=weights,
-            beta=self.beta,
-            label_smoothing=self.label_smoothing,
-            f_divergence=self.f_divergence,
-            reward_beta=self.reward_beta,
+            options=replace(self.options, beta=self.beta),
             average_log_prob=self.average_log_prob,
             ignore_index=self.ignore_index,
             process_group=self.process_group,
             backend=self.backend,
             **self.head_options,
-            **self.loss_parameters,
         )
         nll = self._nll(output, target)
         logits_means = _mean_logits(_input, lin_weight, bias)
@@ -191,6 +174,29 @@ class FusedLinearDPOLoss(nn.Module):
         if output.plan is not None:
             sums, lengths = torch.where(output.plan.keep, sums, 0.0), torch.where(output.plan.keep, lengths, 0)
         return -sums.sum() / lengths.sum().clamp(min=1)
+
+
+def _loss_options(
+    options: LossOptions | None, own: dict[str, Any], named: dict[str, Any], likelihood: float | None
+) -> LossOptions:
+    """`options`, or Liger's arguments (`own`) with the other ones `named`; `likelihood`: the weight of "sft" beside."""
+    if options is not None:
+        given = {name: value for name, value in own.items() if value is not _LIGERS_DEFAULTS[name]}
+        if LossOptions.of(options, named | given).reduction != "mean":
+            raise ValueError(f"options has reduction={options.reduction!r}; the module's loss is a mean, as Liger's.")
+        names, weights = [term.loss.name for term in options.terms], [term.weight for term in options.terms]
+    else:
+        names = [own["loss_type"]] if isinstance(own["loss_type"], str) else list(own["loss_type"])
+        weights = [1.0] * len(names) if named.get("loss_weights") is None else list(named["loss_weights"])
+    if likelihood is not None:
+        names, weights = [*names, "sft"], [*weights, likelihood]
+    if options is not None:
+        return replace(options, loss_type=names, loss_weights=weights)
+    if "reduction" in named:
+        raise ValueError(f"reduction={named['reduction']!r} is not taken: the module's loss is a mean, as Liger's.")
+    if "discopop" not in names and own["discopop_tau"] == _LIGERS_DEFAULTS["discopop_tau"]:
+        own = {name: value for name, value in own.items() if name != "discopop_tau"}
+    return LossOptions.of(None, own | named | {"loss_type": names, "loss_weights": weights})
 
 
 @torch.no_grad()

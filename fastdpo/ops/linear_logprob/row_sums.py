@@ -48,7 +48,7 @@ class RowSums(NamedTuple):
         return self.others / self.total()
 
     def statistic(self, name: str, targets: Tensor, vocab_size: int) -> Tensor:
-        """One of `fastdpo.formulas.checks.STATS`, as floats. Raises ValueError if its sum was not kept."""
+        """One of `fastdpo.formulas.head_options.STATS`, as floats. Raises ValueError if its sum was not kept."""
         kept = {
             "entropy": self.weighted,
             "mean_logits": self.logits,

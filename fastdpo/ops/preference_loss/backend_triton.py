@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.formulas.checks import check_plan_tensors, check_preference_tensors
-from fastdpo.ops.preference_loss.operators import LossOptions, PairTensors, PlanOptions, unpacked_together
+from fastdpo.ops.preference_loss.operators import PackedLoss, PackedPlan, PairTensors, unpacked_together
 from fastdpo_kernels.preference_loss import dynamic_beta, sequence_logps
 from fastdpo_kernels.preference_loss import loss as kernels
 
@@ -23,23 +23,21 @@ def preference_margins(*arguments: Any) -> Tensor:
 def preference_loss(*arguments: Any) -> tuple[Tensor, ...]:
     beta, _, keep = arguments[9:12]
     check_preference_tensors(PairTensors(*arguments[:9])._asdict(), beta=beta, keep=keep, backend="triton")
-    return kernels.preference_loss(arguments[:9], *arguments[9:12], *LossOptions.unpacked(*arguments[12:]))
+    return kernels.preference_loss(arguments[:9], *arguments[9:12], *PackedLoss.unpacked(*arguments[12:]))
 
 
 def planned_preference_loss(*arguments: Any) -> tuple[Tensor, ...]:
-    plan_options, loss_options = unpacked_together(*arguments[14:])
+    plan, loss = unpacked_together(*arguments[14:])
     all_margins, first_pair, m0, sigma, step = arguments[9:14]
     pairs = PairTensors(*arguments[:9])
     check_preference_tensors(pairs._asdict(), backend="triton")
     check_plan_tensors(pairs.chosen.new_empty(pairs.num_pairs) if all_margins is None else all_margins, m0, sigma, step)
-    return kernels.planned_preference_loss(
-        arguments[:9], all_margins, first_pair, m0, sigma, step, plan_options, loss_options
-    )
+    return kernels.planned_preference_loss(arguments[:9], all_margins, first_pair, m0, sigma, step, plan.flat(), loss)
 
 
 def plan_batch(margins: Tensor, m0: Tensor, sigma: Tensor, step: Tensor, *options: Any) -> tuple[Tensor, ...]:
     check_plan_tensors(margins, m0, sigma, step, backend="triton")
-    return dynamic_beta.dynamic_beta(margins, m0, sigma, step, *PlanOptions.unpacked(*options))
+    return dynamic_beta.dynamic_beta(margins, m0, sigma, step, *PackedPlan.unpacked(*options).flat())
 
 
 def expand_rows(values: Tensor, boundaries: Tensor, num_tokens: int) -> Tensor:

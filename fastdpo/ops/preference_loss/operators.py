@@ -15,20 +15,21 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastdpo.formulas.beta_options import BetaOptions
 from fastdpo.formulas.checks import MAX_TRITON_PAIRS, check_plan_tensors, check_preference_tensors, check_triton
 from fastdpo.formulas.losses import LOSSES, LossTerm
-from fastdpo.formulas.oracle import BetaPlan, BetaState
+from fastdpo.formulas.outputs import BetaPlan, BetaState
 from fastdpo.ops.backends import ENVIRONMENT, resolve_backend
 from fastdpo.ops.registry import define
 
-#: Order of the operators' `loss_parameters`, with the defaults of what a loss does not read.
-PARAMETERS = {"discopop_tau": 0.05, "simpo_gamma": 0.5, "cpo_alpha": 1.0, "f_alpha_divergence_coef": 0.5}
+#: Order of the operators' `loss_parameters`, which the kernels know.
+LOSS_PARAMETERS = ("discopop_tau", "simpo_gamma", "cpo_alpha", "f_alpha_divergence_coef")
 _TRITON = "fastdpo.ops.preference_loss.backend_triton"
 
 
@@ -53,11 +54,30 @@ class PairTensors(NamedTuple):
     def has_token_reference(self) -> bool:
         return self.boundaries is not None and self.ref_chosen is not None and self.ref_rejected is None
 
+    def per_sequence(self, sum_rows: Callable[[Tensor, Tensor], Tensor]) -> PairTensors:
+        """The same with log-probs summed over rows, differentiably."""
+        boundaries = self.boundaries
+        if boundaries is None:
+            return self
+        chosen, rejected = sum_rows(self.chosen, boundaries).chunk(2)
+        pairs = self
+        if pairs.ref_chosen is not None and pairs.ref_rejected is None:
+            ref_chosen, ref_rejected = sum_rows(pairs.ref_chosen, boundaries).chunk(2)
+            pairs = pairs._replace(ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+        chosen_lengths, rejected_lengths = boundaries.diff().chunk(2)
+        return pairs._replace(
+            chosen=chosen,
+            rejected=rejected,
+            boundaries=None,
+            chosen_lengths=chosen_lengths if pairs.chosen_lengths is None else pairs.chosen_lengths,
+            rejected_lengths=rejected_lengths if pairs.rejected_lengths is None else pairs.rejected_lengths,
+        )
 
-class LossOptions(NamedTuple):
-    """Loss options as the operators see them. They travel as `packed`: torch's cost per call is quadratic in arguments.
 
-    `loss_parameters` are in the order of `PARAMETERS`.
+class PackedLoss(NamedTuple):
+    """`LossOptions` as the operators see them, which take `packed`: torch's cost per call is quadratic in arguments.
+
+    `loss_parameters` are in the order of `LOSS_PARAMETERS`, with the defaults of what a loss does not read.
     """
 
     loss_types: Sequence[str]
@@ -78,9 +98,12 @@ class LossOptions(NamedTuple):
         return words, [*self.loss_parameters, self.label_smoothing, reward_beta, *self.loss_weights]
 
     @classmethod
-    def unpacked(cls, words: Sequence[str], numbers: Sequence[float]) -> LossOptions:
+    def unpacked(cls, words: Sequence[str], numbers: Sequence[float]) -> PackedLoss:
         f_divergence, quantity, per, reduction, *loss_types = words
-        parameters, (label_smoothing, reward_beta, *weights) = numbers[: len(PARAMETERS)], numbers[len(PARAMETERS) :]
+        parameters, (label_smoothing, reward_beta, *weights) = (
+            numbers[: len(LOSS_PARAMETERS)],
+            numbers[len(LOSS_PARAMETERS) :],
+        )
         return cls(
             loss_types,
             weights,
@@ -94,7 +117,7 @@ class LossOptions(NamedTuple):
         )
 
     def terms(self) -> list[LossTerm]:
-        values = dict(zip(PARAMETERS, self.loss_parameters, strict=True))
+        values = dict(zip(LOSS_PARAMETERS, self.loss_parameters, strict=True))
         losses = [LOSSES[name] for name in self.loss_types]
         return [
             LossTerm(loss, weight, {name: values[name] for name in loss.parameters})
@@ -102,39 +125,39 @@ class LossOptions(NamedTuple):
         ]
 
 
-class PlanOptions(NamedTuple):
-    """The settings of a `DynamicBeta`, by the names of `formulas.oracle.dynamic_beta`; packed as `LossOptions`."""
+class PackedPlan(NamedTuple):
+    """The settings of a `DynamicBeta` as the operators see them; they travel as `PackedLoss` does."""
 
-    beta: float
-    alpha: float
-    momentum: float
-    keep_ratio: float
-    min_beta: float
-    scope: str
-    variant: str
-    seed: int
+    options: BetaOptions
     training: bool
+
+    def flat(self) -> tuple[Any, ...]:
+        """One after the other, as the kernels' launchers take them."""
+        return (*vars(self.options).values(), self.training)
 
     def packed(self) -> tuple[list[str], list[float]]:
         """(words, numbers); the seed is a word, as a float could not hold it."""
-        return [self.scope, self.variant, "train" if self.training else "eval", str(self.seed)], list(self[:5])
+        o = self.options
+        words = [o.scope, o.variant, "train" if self.training else "eval", str(o.seed)]
+        return words, [o.beta, o.alpha, o.momentum, o.keep_ratio, o.min_beta]
 
     @classmethod
-    def unpacked(cls, words: Sequence[str], numbers: Sequence[float]) -> PlanOptions:
+    def unpacked(cls, words: Sequence[str], numbers: Sequence[float]) -> PackedPlan:
         scope, variant, mode, seed = words
         beta, alpha, momentum, keep_ratio, min_beta = numbers
-        return cls(beta, alpha, momentum, keep_ratio, min_beta, scope, variant, int(seed), mode == "train")
+        options = BetaOptions(beta, alpha, momentum, keep_ratio, min_beta, scope, variant, int(seed))
+        return cls(options, mode == "train")
 
 
-def packed_together(plan: PlanOptions, loss: LossOptions) -> tuple[list[str], list[float]]:
+def packed_together(plan: PackedPlan, loss: PackedLoss) -> tuple[list[str], list[float]]:
     """Both, the plan's first."""
     (plan_words, plan_numbers), (loss_words, loss_numbers) = plan.packed(), loss.packed()
     return [*plan_words, *loss_words], [*plan_numbers, *loss_numbers]
 
 
-def unpacked_together(words: Sequence[str], numbers: Sequence[float]) -> tuple[PlanOptions, LossOptions]:
+def unpacked_together(words: Sequence[str], numbers: Sequence[float]) -> tuple[PackedPlan, PackedLoss]:
     """The inverse of `packed_together`."""
-    return PlanOptions.unpacked(words[:4], numbers[:5]), LossOptions.unpacked(words[4:], numbers[5:])
+    return PackedPlan.unpacked(words[:4], numbers[:5]), PackedLoss.unpacked(words[4:], numbers[5:])
 
 
 _PAIRS = (
@@ -197,13 +220,13 @@ def _fake_planned_preference_loss(*arguments: Any) -> tuple[Tensor, ...]:
     check_preference_tensors(pairs._asdict(), backend=arguments[-1])
     margins = pairs.chosen.new_empty(pairs.num_pairs) if all_margins is None else all_margins
     check_plan_tensors(margins, *state, backend=arguments[-1])
-    return (*_fake_outputs(pairs), *_fake_plan(margins, margins.shape[0], plan.scope))
+    return (*_fake_outputs(pairs), *_fake_plan(margins, margins.shape[0], plan.options.scope))
 
 
 def _fake_dynamic_beta(*arguments: Any) -> tuple[Tensor, ...]:
     margins, m0, sigma, step, *options, backend = arguments
     check_plan_tensors(margins, m0, sigma, step, backend=backend)
-    return _fake_plan(margins, margins.shape[0], PlanOptions.unpacked(*options).scope)
+    return _fake_plan(margins, margins.shape[0], PackedPlan.unpacked(*options).options.scope)
 
 
 def _fake_margins(*arguments: Any) -> Tensor:

@@ -8,84 +8,25 @@ from typing import Any, ClassVar
 import torch
 from transformers import TrainingArguments
 
-from fastdpo.formulas.checks import check_loss_options
-from fastdpo.formulas.losses import LOSSES
-from fastdpo.loss.dynamic_beta import DynamicBeta
-from fastdpo.training.options.checks import (
-    automatic_optimizer,
+from fastdpo.formulas import BetaOptions, LossOptions
+from fastdpo.loss import DynamicBeta
+from fastdpo.training.options.fields import check_fields, like, metadata_of, parameter
+from fastdpo.training.options.losses import check_losses, loss_options, loss_parameters, make_dynamic_beta
+from fastdpo.training.options.model_config import DataConfig, ModelConfig
+from fastdpo.training.options.optimizer import automatic_optimizer
+from fastdpo.training.options.refused import refuse_unsupported
+from fastdpo.training.options.sizes import (
+    DEFAULT_MICRO_BATCH_TOKENS,
+    HEAD_WORKSPACE,
     bytes_of,
-    check_conditions,
-    check_fields,
+    check_lengths,
+    check_memory_limit,
+    check_micro_batch_tokens,
+    check_offloading,
     head_workspace_bytes,
 )
-from fastdpo.training.options.model_config import DataConfig, ModelConfig
-from fastdpo.version import __version__
 
 __all__ = ["DataConfig", "FastDPOConfig", "ModelConfig"]
-
-#: Tokens per micro-batch when `micro_batch_tokens` is "auto" on a CPU without a stated `memory_limit`: more of them
-#: make no product faster there.
-DEFAULT_MICRO_BATCH_TOKENS = 640
-#: A scoring pass keeps no activations, so its micro-batches are this many times larger.
-SCORING_BUDGET_FACTOR = 4
-
-_ADAPTER_HELP = "`{}` acts on how transformers' Trainer {}, which this trainer replaces. Leave it unset."
-#: TrainingArguments that cannot be honoured: name -> (accepted values, reason and next step).
-REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "auto_find_batch_size": (
-        (False,),
-        "It changes the batch that β is computed on. Lower `micro_batch_tokens` instead.",
-    ),
-    "average_tokens_across_devices": ((True,), "Losses are always averaged over the global batch of pairs."),
-    "batch_eval_metrics": ((False,), "Preference metrics need the whole evaluation set."),
-    "bf16_full_eval": ((False,), "It would cast the reference too. Load the model in that dtype with `--dtype`."),
-    "fp16_full_eval": ((False,), "It would cast the reference too. Load the model in that dtype with `--dtype`."),
-    "ddp_bucket_cap_mb": ((None,), _ADAPTER_HELP.format("ddp_bucket_cap_mb", "reduces gradients")),
-    "ddp_find_unused_parameters": ((None,), _ADAPTER_HELP.format("ddp_find_unused_parameters", "reduces gradients")),
-    "ddp_static_graph": ((None,), _ADAPTER_HELP.format("ddp_static_graph", "reduces gradients")),
-    "deepspeed": ((None,), "Run with plain data parallelism (torchrun, accelerate launch)."),
-    "do_predict": ((False,), "Use `trainer.predict(dataset)`."),
-    "enable_jit_checkpoint": ((False,), "SIGTERM and SIGINT save a checkpoint already."),
-    "eval_do_concat_batches": ((True,), "Preference metrics need the whole evaluation set."),
-    "include_for_metrics": (([],), "The metrics are computed from log-probabilities only."),
-    "label_names": ((None,), "Pairs have no labels."),
-    "label_smoothing_factor": ((0.0,), "It smooths token labels. For noisy preferences set `label_smoothing`."),
-    "length_column_name": (("length",), "Batches are not grouped by length; micro-batches are sorted by it."),
-    "liger_kernel_config": ((None,), "It patches the loss that this trainer computes itself."),
-    "logging_nan_inf_filter": ((False,), "It would hide a non-finite loss, which stops the run here."),
-    "neftune_noise_alpha": ((None,), "Noise on the embeddings would differ between the scored and the trained pass."),
-    "parallelism_config": ((None,), "Run with plain data parallelism (torchrun, accelerate launch)."),
-    "prediction_loss_only": ((False,), "Evaluation always reports the preference metrics."),
-    "torch_compile": ((False,), "Micro-batches vary in shape from step to step, so every step would recompile."),
-    "use_liger_kernel": ((False,), "It patches the loss that this trainer computes itself."),
-}
-#: Options that act only under a condition: (names, condition, advice).
-_CONDITIONS = (
-    (
-        ("beta_alpha", "beta_momentum", "keep_ratio", "min_beta", "beta_scope", "beta_variant"),
-        "dynamic_beta",
-        "it belongs to β-DPO; set dynamic_beta=True or drop it.",
-    ),
-    (
-        ("discopop_tau", "simpo_gamma", "cpo_alpha", "f_alpha_divergence_coef"),
-        "",
-        "no loss in loss_type, and no f-divergence chosen, takes it.",
-    ),
-)
-_OPTION_NAMES = {
-    "alpha": "beta_alpha",
-    "momentum": "beta_momentum",
-    "scope": "beta_scope",
-    "variant": "beta_variant",
-    "f_divergence": "f_divergence_type",
-}
-REFUSED_OPTIMIZERS = ("lomo", "adalomo")
-
-
-def _with_option_name(message: str) -> str:
-    """The loss functions' argument names, at the start of an error, as this config spells them."""
-    name, equals, rest = message.partition("=")
-    return f"{_OPTION_NAMES.get(name, name)}{equals}{rest}"
 
 
 @dataclass
@@ -119,26 +60,17 @@ class FastDPOConfig(TrainingArguments):
         default=False, metadata={"help": "Replace the run that `output_dir` holds. Its checkpoints are deleted."}
     )
 
-    beta: float = field(default=0.1, metadata={"help": "β0: how strongly the policy is held to the reference."})
+    beta: float = like(LossOptions, "beta")
     loss_type: list[str] = field(
-        default_factory=lambda: ["sigmoid"],
-        metadata={"help": f"One loss, or several to be added: {', '.join(LOSSES)}."},
+        default_factory=lambda: [str(LossOptions.loss_type)], metadata=metadata_of(LossOptions, "loss_type")
     )
-    loss_weights: list[float] | None = field(default=None, metadata={"help": "Weights of the losses. Default: 1 each."})
-    label_smoothing: float = field(
-        default=0.0, metadata={"help": "ε in [0, 0.5): assumed share of flipped labels (cDPO, robust, EXO, AOT)."}
-    )
-    f_divergence_type: str = field(
-        default="reverse_kl",
-        metadata={
-            "help": "f-divergence that holds the policy to the reference.",
-            "choices": ["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"],
-        },
-    )
-    f_alpha_divergence_coef: float = field(default=0.5, metadata={"help": "α of the α-divergence."})
-    discopop_tau: float = field(default=0.05, metadata={"help": "Temperature of DiscoPOP."})
-    simpo_gamma: float = field(default=0.5, metadata={"help": "Target margin γ of SimPO."})
-    cpo_alpha: float = field(default=1.0, metadata={"help": "Weight of CPO's likelihood term on the chosen answer."})
+    loss_weights: list[float] | None = field(default=None, metadata=metadata_of(LossOptions, "loss_weights"))
+    label_smoothing: float = like(LossOptions, "label_smoothing")
+    f_divergence_type: str = like(LossOptions, "f_divergence")
+    f_alpha_divergence_coef: float = parameter("f_alpha_divergence_coef")
+    discopop_tau: float = parameter("discopop_tau")
+    simpo_gamma: float = parameter("simpo_gamma")
+    cpo_alpha: float = parameter("cpo_alpha")
     ld_alpha: float | None = field(
         default=None, metadata={"help": "LD-DPO: weight in [0, 1] of the tokens beyond the shorter answer's length."}
     )
@@ -147,17 +79,12 @@ class FastDPOConfig(TrainingArguments):
     )
 
     dynamic_beta: bool = field(default=False, metadata={"help": "β-DPO: one β per batch, and the filter of pairs."})
-    beta_alpha: float = field(default=0.6, metadata={"help": "β-DPO: how strongly β follows the batch's gap."})
-    beta_momentum: float = field(default=0.9, metadata={"help": "β-DPO: momentum of the running mean and spread."})
-    keep_ratio: float = field(default=0.8, metadata={"help": "β-DPO: share of pairs the filter keeps, in (0, 1]."})
-    min_beta: float = field(default=1e-3, metadata={"help": "β-DPO: lower bound of β."})
-    beta_scope: str = field(
-        default="batch", metadata={"help": "One β per batch or per pair.", "choices": ["batch", "instance"]}
-    )
-    beta_variant: str = field(
-        default="released",
-        metadata={"help": "As the authors' code or as the paper's formulas.", "choices": ["released", "paper"]},
-    )
+    beta_alpha: float = like(BetaOptions, "alpha", prefix="β-DPO: ")
+    beta_momentum: float = like(BetaOptions, "momentum", prefix="β-DPO: ")
+    keep_ratio: float = like(BetaOptions, "keep_ratio", prefix="β-DPO: ")
+    min_beta: float = like(BetaOptions, "min_beta", prefix="β-DPO: ")
+    beta_scope: str = like(BetaOptions, "scope", prefix="β-DPO: ")
+    beta_variant: str = like(BetaOptions, "variant", prefix="β-DPO: ")
 
     max_length: int | None = field(default=1024, metadata={"help": "Longest prompt + completion, in tokens."})
     max_prompt_length: int | None = field(default=512, metadata={"help": "Prompts are cut from the left to this."})
@@ -181,7 +108,7 @@ class FastDPOConfig(TrainingArguments):
         },
     )
     head_workspace: str = field(
-        default="256MiB",
+        default=HEAD_WORKSPACE,
         metadata={
             "help": "On a GPU, what the head's exponentials of a chunk of the vocabulary may take; at least 64KiB. It "
             "decides the order of sums, so a resumed run keeps it."
@@ -258,21 +185,18 @@ class FastDPOConfig(TrainingArguments):
         self.gradient_checkpointing = checkpointing
         self.deterministic_attention |= self.full_determinism
         self.dataloader_pin_memory &= torch.accelerator.is_available()  # there is nothing to pin for
-        self._refuse_unsupported()
-        try:
-            check_loss_options(
-                self.loss_type,
-                loss_weights=self.loss_weights,
-                beta=self.beta,
-                label_smoothing=self.label_smoothing,
-                f_divergence=self.f_divergence_type,
-                **self.loss_parameters(),
+        refuse_unsupported(self)
+        check_losses(self)
+        check_lengths(self, least="at least 1 token, or None for no limit.")
+        check_micro_batch_tokens(self.micro_batch_tokens)
+        head_workspace_bytes(self.head_workspace)
+        check_memory_limit(self.memory_limit, self.micro_batch_tokens)
+        check_offloading(self)
+        if self.reference == "online" and self.reference_cache_dir is not None:
+            raise ValueError(
+                f"reference_cache_dir={self.reference_cache_dir!r} has no effect with reference='online', which keeps "
+                "nothing. Choose lazy or precompute."
             )
-        except ValueError as error:
-            raise ValueError(_with_option_name(str(error))) from error
-        self._check_objective()
-        self._check_lengths()
-        self._check_memory()
 
     def _resolve_checkpointing(self) -> None:
         """One option out of its three spellings: gradient_checkpointing, activation_checkpointing, true and false."""
@@ -288,92 +212,6 @@ class FastDPOConfig(TrainingArguments):
                 )
             self.gradient_checkpointing = asked
             self.activation_checkpointing = None
-
-    def _refuse_unsupported(self) -> None:
-        for name, (accepted, reason) in REFUSED.items():
-            value = getattr(self, name, accepted[0])
-            if value not in accepted:
-                raise ValueError(f"{name}={value!r} is not supported by fastdpo {__version__}. {reason}")
-        version = (self.fsdp_config or {}).get("version", 2)
-        if self.fsdp and int(version) != 2:
-            raise ValueError(
-                f"fsdp_config: version={version!r} is not supported by fastdpo {__version__}: FSDP1 flattens the "
-                "parameters of a layer into one. Leave version out, or set it to 2."
-            )
-        optimizer = str(getattr(self.optim, "value", self.optim))
-        if optimizer in REFUSED_OPTIMIZERS or optimizer.endswith("_layerwise"):
-            raise ValueError(f"optim={optimizer!r} steps inside the backward pass, before gradients are summed.")
-        if self.train_sampling_strategy not in ("random", "sequential"):
-            raise ValueError(
-                f"train_sampling_strategy={self.train_sampling_strategy!r} cannot be resumed exactly, and "
-                "micro-batches are sorted by length anyway. Accepted are 'random' and 'sequential'."
-            )
-        if (self.accelerator_config.gradient_accumulation_kwargs or {}).get("num_steps", 1) != 1:
-            raise ValueError("accelerator_config: set gradient_accumulation_steps instead of num_steps.")
-        if self.accelerator_config.split_batches or self.accelerator_config.dispatch_batches:
-            raise ValueError(
-                "accelerator_config: split_batches and dispatch_batches are not supported; leave them off."
-            )
-        if not self.accelerator_config.even_batches:
-            raise ValueError("accelerator_config: even_batches must stay on; wrapped pairs get zero weight here.")
-        if self.router_aux_loss_coef not in (None, 0.0):
-            raise ValueError(f"router_aux_loss_coef={self.router_aux_loss_coef}: only 0.0 is supported.")
-
-    def _check_objective(self) -> None:
-        if self.ld_alpha is not None and not 0.0 <= self.ld_alpha <= 1.0:
-            raise ValueError(f"ld_alpha={self.ld_alpha}: a weight in [0, 1]; 1 is plain DPO.")
-        if self.use_weighting and any(LOSSES[name].sorts_batch for name in self.loss_type):
-            raise ValueError(f"use_weighting=True needs losses of single pairs, but loss_type={self.loss_type} sorts.")
-        met = {"dynamic_beta"} if self.dynamic_beta else set()
-        check_conditions(self, met | set(self.loss_parameters()), _CONDITIONS)
-        if (
-            self.dynamic_beta
-            and self.beta_scope == "instance"
-            and any(LOSSES[name].sorts_batch for name in self.loss_type)
-        ):
-            raise ValueError(
-                f"beta_scope='instance' needs losses of single pairs, but loss_type={self.loss_type} sorts."
-            )
-        if self.dynamic_beta:
-            self.make_dynamic_beta()
-            if not any(LOSSES[name].uses_beta for name in self.loss_type):
-                raise ValueError(f"dynamic_beta=True has no effect on loss_type={self.loss_type}, which has no β.")
-
-    def _check_lengths(self) -> None:
-        for name in ("max_length", "max_prompt_length"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name}={value}: at least 1 token, or None for no limit.")
-        if self.max_length and self.max_prompt_length and self.max_prompt_length >= self.max_length:
-            raise ValueError(
-                f"max_prompt_length={self.max_prompt_length} leaves no room for a completion within "
-                f"max_length={self.max_length}; lower the first or raise the second."
-            )
-        if self.micro_batch_tokens != "auto":
-            tokens = str(self.micro_batch_tokens)
-            if not tokens.isdigit() or int(tokens) < 1:
-                raise ValueError(f"micro_batch_tokens={self.micro_batch_tokens!r}: 'auto' or a number of at least 1.")
-
-    def _check_memory(self) -> None:
-        head_workspace_bytes(self.head_workspace)
-        if self.memory_limit is not None:
-            limit = bytes_of("memory_limit", self.memory_limit)
-            if self.micro_batch_tokens != "auto":
-                raise ValueError(
-                    f"memory_limit={self.memory_limit!r} has no effect with micro_batch_tokens="
-                    f"{self.micro_batch_tokens}; set that to auto."
-                )
-            if limit <= 0:
-                raise ValueError(f"memory_limit={self.memory_limit!r}: a positive size such as 12GB.")
-        if self.activation_offloading and self.gradient_checkpointing == "false":
-            raise ValueError(
-                "activation_offloading=True moves what checkpointed layers keep, but gradient_checkpointing='false'. "
-                "Leave that at auto, or drop the offloading."
-            )
-        if self.reference == "online" and self.reference_cache_dir is not None:
-            raise ValueError(
-                f"reference_cache_dir={self.reference_cache_dir!r} has no effect with reference='online', which keeps "
-                "nothing. Choose lazy or precompute."
-            )
 
     @property
     def memory_limit_bytes(self) -> int | None:
@@ -392,24 +230,12 @@ class FastDPOConfig(TrainingArguments):
 
     def loss_parameters(self) -> dict[str, float]:
         """The parameters that the losses in `loss_type`, or the f-divergence, take."""
-        wanted = {name for loss in self.loss_type if loss in LOSSES for name in LOSSES[loss].parameters}
-        if self.f_divergence_type == "alpha_divergence":
-            wanted.add("f_alpha_divergence_coef")
-        return {name: getattr(self, name) for name in sorted(wanted)}
+        return loss_parameters(self)
+
+    def loss_options(self) -> LossOptions:
+        """The run's losses with their options, at β0."""
+        return loss_options(self)
 
     def make_dynamic_beta(self) -> DynamicBeta:
         """A fresh `DynamicBeta` with this run's settings; its draws follow `seed`."""
-        try:
-            return DynamicBeta(
-                beta=self.beta,
-                alpha=self.beta_alpha,
-                momentum=self.beta_momentum,
-                keep_ratio=self.keep_ratio,
-                min_beta=self.min_beta,
-                scope=self.beta_scope,
-                variant=self.beta_variant,
-                seed=self.seed,
-                backend=self.backend,
-            )
-        except ValueError as error:
-            raise ValueError(_with_option_name(str(error))) from error
+        return make_dynamic_beta(self)

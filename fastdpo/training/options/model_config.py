@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from fastdpo.training.options.checks import check_conditions, check_fields
+from fastdpo.training.options.fields import check_conditions, check_fields
 
 _LORA_OPTIONS = (
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "use_rslora", "use_dora",

@@ -1,18 +1,32 @@
-"""Checks that every options dataclass shares, and the options that depend on what is installed."""
+"""Fields of options dataclasses: taken over from others, and checked as argparse would."""
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import logging
-from dataclasses import fields
+from dataclasses import MISSING, Field, field, fields
 from typing import Any
 
-from accelerate.utils.modeling import convert_file_size_to_int
+from fastdpo.formulas import PARAMETERS
 
-from fastdpo.ops.linear_logprob.tiles import MIN_WORKSPACE
 
-logger = logging.getLogger(__name__)
+def like(options: type, name: str, help: str | None = None, *, prefix: str = "") -> Any:
+    """A field with default and choices of the field `name` of another dataclass; its help too, unless one is given."""
+    found: Field[Any] = options.__dataclass_fields__[name]  # type: ignore[attr-defined]
+    metadata = metadata_of(options, name, help, prefix=prefix)
+    if found.default is MISSING and found.default_factory is not MISSING:
+        return field(default_factory=found.default_factory, metadata=metadata)
+    return field(default=found.default, metadata=metadata)
+
+
+def metadata_of(options: type, name: str, help: str | None = None, *, prefix: str = "") -> dict[str, Any]:
+    """What argparse reads of that field: help and choices."""
+    found = options.__dataclass_fields__[name].metadata  # type: ignore[attr-defined]
+    metadata = {"help": prefix + (found["help"] if help is None else help)}
+    return metadata | ({"choices": found["choices"]} if "choices" in found else {})
+
+
+def parameter(name: str) -> Any:
+    """A field for a parameter of the losses or of the f-divergences."""
+    return field(default=PARAMETERS[name].default, metadata={"help": PARAMETERS[name].help})
 
 
 def check_fields(config: Any) -> None:
@@ -41,37 +55,3 @@ def check_conditions(config: Any, met: set[str], conditions: tuple[tuple[tuple[s
             default = field_.default_factory() if callable(field_.default_factory) else field_.default
             if getattr(config, name) != default and not met & {name, condition}:
                 raise ValueError(f"{name}={getattr(config, name)!r} has no effect here: {advice}")
-
-
-def head_workspace_bytes(size: str) -> int:
-    """The option `head_workspace` in bytes. Raises ValueError for what is no size, or too little."""
-    if (found := bytes_of("head_workspace", size)) < MIN_WORKSPACE:
-        raise ValueError(f"head_workspace={size!r}: at least 64KiB, such as 256MiB.")
-    return found
-
-
-def bytes_of(name: str, size: str) -> int:
-    """A size such as 12GB or 8GiB in bytes. Raises ValueError, naming the option, for anything else."""
-    try:
-        return int(convert_file_size_to_int(size.upper()))
-    except ValueError as error:
-        raise ValueError(f"{name}={size!r}: a size such as 12GB or 8GiB.") from error
-
-
-def automatic_optimizer(on_gpu: bool) -> str:
-    """What `optim="auto"` stands for, by transformers' name."""
-    if not on_gpu:
-        return "adamw_torch"
-    # Paged 8-bit states: a quarter of the memory, and spikes of it go to the host
-    if importlib.util.find_spec("bitsandbytes") is not None:
-        return "paged_adamw_8bit"
-    _tell_of_missing_bitsandbytes()
-    return "adamw_torch_fused"
-
-
-@functools.cache
-def _tell_of_missing_bitsandbytes() -> None:
-    logger.warning(
-        "optim=auto is torch's fused AdamW, as bitsandbytes is not installed: its states take four times the memory of "
-        "paged 8-bit AdamW. pip install bitsandbytes, or set optim=adamw_torch_fused."
-    )

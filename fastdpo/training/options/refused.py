@@ -1,0 +1,71 @@
+"""Options of transformers' TrainingArguments that this trainer cannot honour, each refused by name with what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainingArguments
+
+from fastdpo.version import __version__
+
+_ADAPTER_HELP = "`{}` acts on how transformers' Trainer {}, which this trainer replaces. Leave it unset."
+#: TrainingArguments that cannot be honoured: name -> (accepted values, reason and next step).
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "auto_find_batch_size": (
+        (False,),
+        "It changes the batch that β is computed on. Lower `micro_batch_tokens` instead.",
+    ),
+    "average_tokens_across_devices": ((True,), "Losses are always averaged over the global batch of pairs."),
+    "batch_eval_metrics": ((False,), "Preference metrics need the whole evaluation set."),
+    "bf16_full_eval": ((False,), "It would cast the reference too. Load the model in that dtype with `--dtype`."),
+    "fp16_full_eval": ((False,), "It would cast the reference too. Load the model in that dtype with `--dtype`."),
+    "ddp_bucket_cap_mb": ((None,), _ADAPTER_HELP.format("ddp_bucket_cap_mb", "reduces gradients")),
+    "ddp_find_unused_parameters": ((None,), _ADAPTER_HELP.format("ddp_find_unused_parameters", "reduces gradients")),
+    "ddp_static_graph": ((None,), _ADAPTER_HELP.format("ddp_static_graph", "reduces gradients")),
+    "deepspeed": ((None,), "Run with plain data parallelism (torchrun, accelerate launch)."),
+    "do_predict": ((False,), "Use `trainer.predict(dataset)`."),
+    "enable_jit_checkpoint": ((False,), "SIGTERM and SIGINT save a checkpoint already."),
+    "eval_do_concat_batches": ((True,), "Preference metrics need the whole evaluation set."),
+    "include_for_metrics": (([],), "The metrics are computed from log-probabilities only."),
+    "label_names": ((None,), "Pairs have no labels."),
+    "label_smoothing_factor": ((0.0,), "It smooths token labels. For noisy preferences set `label_smoothing`."),
+    "length_column_name": (("length",), "Batches are not grouped by length; micro-batches are sorted by it."),
+    "liger_kernel_config": ((None,), "It patches the loss that this trainer computes itself."),
+    "logging_nan_inf_filter": ((False,), "It would hide a non-finite loss, which stops the run here."),
+    "neftune_noise_alpha": ((None,), "Noise on the embeddings would differ between the scored and the trained pass."),
+    "parallelism_config": ((None,), "Run with plain data parallelism (torchrun, accelerate launch)."),
+    "prediction_loss_only": ((False,), "Evaluation always reports the preference metrics."),
+    "torch_compile": ((False,), "Micro-batches vary in shape from step to step, so every step would recompile."),
+    "use_liger_kernel": ((False,), "It patches the loss that this trainer computes itself."),
+}
+REFUSED_OPTIMIZERS = ("lomo", "adalomo")
+
+
+def refuse_unsupported(args: TrainingArguments) -> None:
+    """Raise ValueError for an option that would be ignored or change what a step computes."""
+    for name, (accepted, reason) in REFUSED.items():
+        value = getattr(args, name, accepted[0])
+        if value not in accepted:
+            raise ValueError(f"{name}={value!r} is not supported by fastdpo {__version__}. {reason}")
+    version = (args.fsdp_config or {}).get("version", 2)
+    if args.fsdp and int(version) != 2:
+        raise ValueError(
+            f"fsdp_config: version={version!r} is not supported by fastdpo {__version__}: FSDP1 flattens the "
+            "parameters of a layer into one. Leave version out, or set it to 2."
+        )
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    if optimizer in REFUSED_OPTIMIZERS or optimizer.endswith("_layerwise"):
+        raise ValueError(f"optim={optimizer!r} steps inside the backward pass, before gradients are summed.")
+    if args.train_sampling_strategy not in ("random", "sequential"):
+        raise ValueError(
+            f"train_sampling_strategy={args.train_sampling_strategy!r} cannot be resumed exactly, and "
+            "micro-batches are sorted by length anyway. Accepted are 'random' and 'sequential'."
+        )
+    if (args.accelerator_config.gradient_accumulation_kwargs or {}).get("num_steps", 1) != 1:
+        raise ValueError("accelerator_config: set gradient_accumulation_steps instead of num_steps.")
+    if args.accelerator_config.split_batches or args.accelerator_config.dispatch_batches:
+        raise ValueError("accelerator_config: split_batches and dispatch_batches are not supported; leave them off.")
+    if not args.accelerator_config.even_batches:
+        raise ValueError("accelerator_config: even_batches must stay on; wrapped pairs get zero weight here.")
+    if args.router_aux_loss_coef not in (None, 0.0):
+        raise ValueError(f"router_aux_loss_coef={args.router_aux_loss_coef}: only 0.0 is supported.")
