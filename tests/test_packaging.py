@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import pkgutil
 import subprocess
 import sys
 import tarfile
@@ -72,3 +73,14 @@ def test_import_is_light() -> None:
 
 def test_public_names_exist() -> None:
     run("-c", "import fastdpo; [getattr(fastdpo, name) for name in fastdpo.__all__]")
+
+
+def test_no_public_name_is_a_submodule() -> None:
+    """Importing a submodule sets its name on the package, where it would stand before a function of that name."""
+    packages = [path.parent for path in (ROOT / "fastdpo").rglob("__init__.py") if "__all__" in path.read_text()]
+    assert len(packages) > 3
+    for folder in packages:
+        package = importlib.import_module(".".join(folder.relative_to(ROOT).parts))
+        assert not set(package.__all__) & {module.name for module in pkgutil.iter_modules([str(folder)])}, folder
+    out = run("-c", "import fastdpo; fastdpo.preference_loss; fastdpo.FastDPOTrainer; print(*fastdpo.backends())")
+    assert out.split() == ["torch", "triton"]

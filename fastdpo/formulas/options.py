@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol, TypedDict, TypeVar
 
 from torch import Tensor
@@ -55,6 +55,7 @@ class LossOptions:
 
     Attributes:
         parameters: of the losses and of the f-divergence, by name; the others have their defaults (`PARAMETERS`).
+        terms: the losses with their weights and parameters.
 
     Raises:
         ValueError: an option is unknown, out of range, or would be ignored by the losses chosen.
@@ -98,16 +99,16 @@ class LossOptions:
         metadata=about("β0 of the rewards reward_beta·(log-ratio).", "Default: `beta`, or the β0 of a `DynamicBeta`."),
     )
     parameters: Mapping[str, float] = field(default_factory=dict)
+    terms: tuple[LossTerm, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        _checked_terms(self)
+        object.__setattr__(self, "terms", _checked_terms(self))
         if self.reduction not in REDUCTIONS:
             raise ValueError(f"reduction={self.reduction!r} is unknown; choose mean, sum or none.")
 
-    @property
-    def terms(self) -> tuple[LossTerm, ...]:
-        """The losses with their weights and parameters."""
-        return _checked_terms(self)
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copies and pickles hold what was asked for; `terms` lead into the table of losses
+        return _rebuilt, ({each.name: getattr(self, each.name) for each in fields(self) if each.init},)
 
     @classmethod
     def of(cls, options: LossOptions | None, named: Mapping[str, Any]) -> LossOptions:
@@ -118,8 +119,8 @@ class LossOptions:
             TypeError: `options` are none.
         """
         if options is None:
-            fields = {name: value for name, value in named.items() if name in _FIELDS}
-            return cls(**fields, parameters={name: value for name, value in named.items() if name not in _FIELDS})
+            own = {name: value for name, value in named.items() if name in _FIELDS}
+            return cls(**own, parameters={name: value for name, value in named.items() if name not in _FIELDS})
         if not isinstance(options, LossOptions):
             raise TypeError(f"options is a {type(options).__name__}; pass a fastdpo.loss.LossOptions.")
         if named:
@@ -142,6 +143,10 @@ class LossOptions:
             f_divergence=divergence,
             parameters={name: value for name, value in self.parameters.items() if name in taken},
         )
+
+
+def _rebuilt(given: dict[str, Any]) -> LossOptions:
+    return LossOptions(**given)
 
 
 _FIELDS = frozenset(options_of(LossOptions))

@@ -84,7 +84,7 @@ class FusedLinearDPOLoss(nn.Module):
         **named: Any,
     ) -> None:
         super().__init__()
-        self.beta = beta if options is None else options.beta  # type: ignore[assignment]
+        self.beta = options.beta if isinstance(options, LossOptions) else beta  # type: ignore[assignment]
         if not isinstance(self.beta, (int, float, DynamicBeta)):
             raise TypeError(f"beta is a {type(self.beta).__name__}; pass a float or a DynamicBeta.")
         if chunk_size < 1:
