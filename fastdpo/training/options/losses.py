@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
-from fastdpo.formulas import F_DIVERGENCES, LOSSES, BetaOptions, LossOptions
+from fastdpo.formulas import F_DIVERGENCES, LOSSES, PARAMETERS, BetaOptions, LossOptions
 from fastdpo.loss import DynamicBeta
 from fastdpo.training.options.fields import check_conditions
 
@@ -24,18 +24,16 @@ OPTION_NAMES = {
 }
 #: The fields of `LossOptions` that are options of the trainer. Its loss is a mean, and its rewards are at β0.
 _LOSS_FIELDS = ("loss_type", "loss_weights", "beta", "label_smoothing", "f_divergence")
+#: The fields of `BetaOptions` that act without β-DPO too.
+_WITHOUT_PLAN = ("beta", "seed")
 #: Options that act only under a condition: (names, condition, advice).
 _CONDITIONS = (
     (
-        ("beta_alpha", "beta_momentum", "keep_ratio", "min_beta", "beta_scope", "beta_variant"),
+        tuple(OPTION_NAMES.get(each.name, each.name) for each in fields(BetaOptions) if each.name not in _WITHOUT_PLAN),
         "dynamic_beta",
         "it belongs to β-DPO; set dynamic_beta=True or drop it.",
     ),
-    (
-        ("discopop_tau", "simpo_gamma", "cpo_alpha", "f_alpha_divergence_coef"),
-        "",
-        "no loss in loss_type, and no f-divergence chosen, takes it.",
-    ),
+    (tuple(PARAMETERS), "", "no loss in loss_type, and no f-divergence chosen, takes it."),
 )
 
 
