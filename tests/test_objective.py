@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from fastdpo.training.objective import Objective
 
 from fastdpo.formulas import oracle
-from fastdpo.training.objective import Objective
 from fastdpo.training.scoring.scorer import PairScores
 
 PAIRS = 7

@@ -125,6 +125,14 @@ def linear_logprob(
     logps = selective_logprob(logits, targets, ignore_index=ignore_index)
     if not stats:
         return logps
+    values = distribution_statistics(logits, targets, stats)
+    return logps, {name: value.masked_fill(ignored, 0) for name, value in values.items()}
+
+
+def distribution_statistics(logits: Tensor, targets: Tensor, stats: Sequence[str]) -> dict[str, Tensor]:
+    """`stats` of softmax(logits), by `linear_logprob`'s names. (..., V) logits, (...) targets → {name: (...)}."""
+    if not stats:
+        return {}
     log_probs = logits.log_softmax(-1)
     values = {
         "entropy": lambda: -(log_probs.exp() * log_probs).sum(-1),
@@ -132,7 +140,7 @@ def linear_logprob(
         "is_top1": lambda: logits.argmax(-1) == targets,
         "log_sum_sq_probs": lambda: (2.0 * log_probs).logsumexp(-1),
     }
-    return logps, {name: values[name]().masked_fill(ignored, 0) for name in stats}
+    return {name: values[name]() for name in stats}
 
 
 def completion_weights(
