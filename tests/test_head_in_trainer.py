@@ -17,7 +17,7 @@ from test_scoring import MODELS, SIZES, alone, batch
 from worker import state
 
 from fastdpo.training.memory.plan import enable_checkpointing
-from fastdpo.training.models.loading import disable_dropout
+from fastdpo.training.models.dropout import disable_dropout
 from fastdpo.training.rows.layout import MicroBatch
 from fastdpo.training.scoring import scorer as scoring
 from fastdpo.training.scoring.head import Head, HeadReader, OpaqueHead, find_head

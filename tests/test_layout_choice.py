@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +42,17 @@ MASK = Layout(sharing=True, masked=True)  # packed only if asked: it is quadrati
 
 def choose(model: Any, folder: Path, *others: Any, **options: Any) -> Layout:
     torch.manual_seed(0)
-    choice = LayoutChoice(tiny.config(folder, **options), CompletionScorer(), [model, *others])
+    choice = LayoutChoice(tiny.config(folder, **options), CompletionScorer(), [model, *others], tiny.ranks())
     pairs = batch()
     own = [each.config._attn_implementation for each in (model, *others)]
     random, training = torch.get_rng_state(), model.training
     try:
-        layout = choice.settle(pairs, nullcontext)
+        layout = choice.settle(pairs)
     finally:
         assert [each.config._attn_implementation for each in (model, *others)] == own
         assert torch.equal(random, torch.get_rng_state())
         assert model.training is training
-    assert choice.settle(pairs, nullcontext) is layout
-    assert choice.tokens(pairs) == [pair.tokens(layout) for pair in pairs.pairs]
+    assert choice.settle(pairs) is layout
     return layout
 
 
@@ -169,7 +167,7 @@ def test_what_the_options_ask_for(tmp_path: Path) -> None:
 def test_attention_that_takes_neither(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     gemma = MODELS["Gemma2"]()
     gemma.config._attn_implementation = "flash_attention_2"
-    choice = LayoutChoice(tiny.config(tmp_path), CompletionScorer(), [gemma])
+    choice = LayoutChoice(tiny.config(tmp_path), CompletionScorer(), [gemma], tiny.ranks())
     candidates = choice._candidates(SEGMENTS)
     assert [layout for layout, _ in candidates] == [SEGMENTS, MASK]
     assert "caps its attention logits" in candidates[0][1]
@@ -247,7 +245,7 @@ def test_models_attend_in_their_own_way_after_a_step(tmp_path: Path) -> None:
     seen = []
     trainer = tiny.trainer(tmp_path, ref_model=tiny.llama(seed=1), eval_dataset=tiny.pairs(4, seed=9), max_steps=2)
     models = [trainer.model, trainer.reference.ref_model]
-    forward = trainer.forward_tokens
+    forward = trainer.passes.forward
 
     def implementations() -> list[str]:
         return [each.config._attn_implementation for each in models]
@@ -256,7 +254,7 @@ def test_models_attend_in_their_own_way_after_a_step(tmp_path: Path) -> None:
         seen.append((implementations(), micro.segments is not None))
         return forward(model, micro, **options)
 
-    trainer.forward_tokens = spied
+    trainer.passes.forward = spied
     own = implementations()
     assert SEGMENT_ATTENTION not in own
     trainer.evaluate()
@@ -273,7 +271,7 @@ def test_models_attend_in_their_own_way_after_a_step(tmp_path: Path) -> None:
         assert implementations() == [SEGMENT_ATTENTION] * 2
         raise RuntimeError("broken")
 
-    trainer.forward_tokens = broken
+    trainer.passes.forward = broken
     for call in (trainer.train, trainer.evaluate):
         with pytest.raises(RuntimeError, match="broken"):
             call()

@@ -24,7 +24,6 @@ from worker import injected, state
 from fastdpo.training.memory import trial as memory_trial
 from fastdpo.training.memory.plan import OutOfMemory, is_out_of_memory
 from fastdpo.training.memory.trial import largest_that_fits
-from fastdpo.training.rows.batch import TokenBatch
 
 #: Tokens of a pair of `even_pairs` in its row: 8 of prompt, 6 of either answer that are read, none of them shared.
 PAIR = 20
@@ -139,7 +138,9 @@ def test_budgets_are_halved(layout: str, tmp_path: Path, caplog: pytest.LogCaptu
     options = {"data": even_pairs(8), "micro_batch_tokens": "1000", "prefix_sharing": layout, "packing": layout}
     trainer = trained(tmp_path, above(50, in_training), **options)
     assert (
-        trainer.layouts.tokens(TokenBatch(next(iter(trainer.get_train_dataloader())), torch.device("cpu")))
+        trainer.objective.batch(next(iter(trainer.get_train_dataloader())), torch.device("cpu")).tokens(
+            trainer.layouts.layout
+        )
         == [PAIR if layout == "on" else 30] * 8
     )
     assert (trainer.memory.train_tokens, trainer.memory.score_tokens) == (40 if layout == "on" else 30, 4000)
@@ -302,21 +303,20 @@ def test_a_trial_leaves_nothing_behind(tmp_path: Path) -> None:
         disable_dropout=False,
         peft_config=tiny.lora(lora_dropout=0.3),
     )
-    features = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
-    trainer.layouts.settle(TokenBatch(features, torch.device("cpu")), trainer.accelerator.autocast)
-    rows, longest = trainer._longest_pairs()
+    trainer.layouts.settle(trainer.make_batch([trainer.train_dataset[i] for i in range(8)]))
+    rows, longest = trainer.trial.longest(trainer.train_dataset)
     assert (len(rows), longest) == (8, PAIR)
     trainer.model.train()
     random, weights = torch.get_rng_state(), {n: p.clone() for n, p in trainer.model.named_parameters()}
     attention = trainer.model.config._attn_implementation
-    assert [trainer.try_micro_batch(rows, tokens) for tokens in (20, 100, 120)] == [True, True, False]
+    assert [trainer.trial.try_micro_batch(rows, tokens) for tokens in (20, 100, 120)] == [True, True, False]
     assert torch.equal(random, torch.get_rng_state())
     assert all(p.grad is None for p in trainer.model.parameters())
     assert all(torch.equal(p, weights[name]) for name, p in trainer.model.named_parameters())
     assert trainer.model.config._attn_implementation == attention != "fastdpo_segments"
     assert trainer.model.training
     assert trainer.memory.train_tokens == 640, "settled by who asked for the trial"
-    assert trainer._tokens_within(2**30, trainer.train_dataset[0]) > 1000
+    assert trainer.trial.tokens_within(2**30, trainer.train_dataset[0]) > 1000
     assert torch.equal(random, torch.get_rng_state())
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from fastdpo.training.objective import Objective
 
 from fastdpo.formulas import oracle
-from fastdpo.training.scoring.scorer import PairScores
+from fastdpo.training.objectives import PreferenceObjective
+from fastdpo.training.scoring import Scores
 
 PAIRS = 7
 #: Options of a run, and what the oracle is called with besides.
@@ -39,33 +38,30 @@ RUNS: dict[str, dict[str, Any]] = {
 _PARAMETERS = ("simpo_gamma", "cpo_alpha", "f_alpha_divergence_coef", "discopop_tau")
 
 
-def scores() -> PairScores:
+def scores() -> Scores:
     """Of unequal lengths, one of them 0, in float64."""
     generator = torch.Generator().manual_seed(3)
-    values = {f.name: torch.randn(PAIRS, generator=generator, dtype=torch.float64) for f in fields(PairScores)}
-    values["chosen_lengths"] = torch.tensor([3.0, 1.0, 0.0, 8.0, 2.0, 5.0, 13.0], dtype=torch.float64)
-    values["rejected_lengths"] = values["chosen_lengths"].flip(0)
-    values["pair_weights"] = values["pair_weights"].exp()
-    return PairScores(**values)
+    drawn = [torch.randn(2, PAIRS, generator=generator, dtype=torch.float64) for _ in range(4)]
+    lengths = torch.tensor([3.0, 1.0, 0.0, 8.0, 2.0, 5.0, 13.0], dtype=torch.float64)
+    return Scores(*drawn[:3], torch.stack([lengths, lengths.flip(0)]), drawn[3][None])
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_parts_have_the_derivatives_of_the_whole(name: str, tmp_path: Path) -> None:
     options = RUNS[name]
-    objective = Objective(tiny.config(tmp_path, backend="torch", **options))
+    objective = PreferenceObjective(tiny.config(tmp_path, backend="torch", **options))
     everyone = scores()
-    leaves = [
-        x.clone().requires_grad_() for x in (everyone.chosen_logps, everyone.rejected_logps, everyone.chosen_sums)
-    ]
+    leaves = [x.clone().requires_grad_() for x in (everyone.logps, everyone.sums)]
+    # WPO, 2406.11827 eq. 2: of both completions exp(mean of log p_y − log Σ p²)
+    weights = ((everyone.sums - everyone.statistics[0]) / everyone.lengths.clamp(min=1)).sum(0).exp()
     loss = oracle.preference_loss(
-        *leaves[:2],
-        everyone.ref_chosen_logps,
-        everyone.ref_rejected_logps,
-        sft_logps=leaves[2],
+        *leaves[0],
+        *everyone.ref_logps,
+        sft_logps=leaves[1][0],
         beta=0.5,
-        chosen_lengths=everyone.chosen_lengths,
-        rejected_lengths=everyone.rejected_lengths,
-        pair_weights=everyone.pair_weights if options.get("use_weighting") else None,
+        chosen_lengths=everyone.lengths[0],
+        rejected_lengths=everyone.lengths[1],
+        pair_weights=weights if options.get("use_weighting") else None,
         f_divergence=options.get("f_divergence_type", "reverse_kl"),
         **{
             key: options[key]
@@ -80,10 +76,10 @@ def test_parts_have_the_derivatives_of_the_whole(name: str, tmp_path: Path) -> N
     size = objective.size(everyone)
     found = [objective.coefficients(everyone.at(part), size) for part in parts]
     order = torch.argsort(torch.cat(parts))
-    for key, truth in zip(("chosen", "rejected", "chosen_sums"), expected, strict=True):
-        truth = torch.zeros(PAIRS, dtype=torch.float64) if truth is None else truth
-        assert truth.any() or truth is not expected[0]
+    for key, truth in zip(("logps", "sums"), expected, strict=True):
+        truth = torch.zeros(2, PAIRS, dtype=torch.float64) if truth is None else truth
+        assert truth.any() or key == "sums" or options.get("loss_type") == ["sft"]
         torch.testing.assert_close(getattr(whole, key), truth, rtol=1e-12, atol=1e-15)
         torch.testing.assert_close(
-            torch.cat([getattr(part, key) for part in found])[order], truth, rtol=1e-12, atol=1e-15
+            torch.cat([getattr(part, key) for part in found], dim=1)[:, order], truth, rtol=1e-12, atol=1e-15
         )

@@ -28,7 +28,7 @@ from fastdpo.training.rows.attention import (
     segments_active,
 )
 from fastdpo.training.rows.batch import TokenBatch
-from fastdpo.training.rows.layout import PLAIN, Layout, PairIds, cut
+from fastdpo.training.rows.layout import PLAIN, Example, Layout, cut
 from fastdpo.training.scoring.scorer import CompletionScorer
 
 CPU = torch.device("cpu")
@@ -42,16 +42,7 @@ LAYOUTS = [
 
 
 def pairs_of(*triples: tuple[list[int], list[int], list[int]]) -> TokenBatch:
-    prompts, chosen, rejected = ([torch.tensor(ids) for ids in column] for column in zip(*triples, strict=True))
-    return TokenBatch(
-        {
-            "pair_prompt_ids": prompts,
-            "pair_chosen_ids": chosen,
-            "pair_rejected_ids": rejected,
-            "example_ids": [str(i) for i in range(len(prompts))],
-        },
-        CPU,
-    )
+    return tiny.batch_of(*triples)
 
 
 #: (prompt, chosen, rejected), and how many tokens of the row both completions share beyond a prompt's own.
@@ -65,14 +56,14 @@ ALIKE = [
 ]
 
 
-def log_probs(model: Any, pair: PairIds) -> tuple[Tensor, Tensor]:
+def log_probs(model: Any, pair: Example) -> tuple[Tensor, Tensor]:
     """Of the chosen and of the rejected completion alone, in float64."""
-    return tuple(alone(model, pair.prompt, ids) for ids in (pair.chosen, pair.rejected))  # type: ignore[return-value]
+    return tuple(alone(model, pair.prompt, ids) for ids in pair.completions)  # type: ignore[return-value]
 
 
-def weights_of(pair: PairIds) -> tuple[Tensor, Tensor]:
+def weights_of(pair: Example) -> tuple[Tensor, Tensor]:
     """Some dL/dlogp for each token of a pair."""
-    return tuple(torch.linspace(-1.5, 1.0, len(ids)) + 0.1 * len(ids) for ids in (pair.chosen, pair.rejected))  # type: ignore[return-value]
+    return tuple(torch.linspace(-1.5, 1.0, len(ids)) + 0.1 * len(ids) for ids in pair.completions)  # type: ignore[return-value]
 
 
 class Truth:
@@ -80,12 +71,12 @@ class Truth:
 
     def __init__(self, model: Any, pairs: TokenBatch) -> None:
         self.pairs = pairs
-        logps = [log_probs(model, pair) for pair in pairs.pairs]
+        logps = [log_probs(model, pair) for pair in pairs.examples]
         self.logps = [[each.detach() for each in pair] for pair in logps]
         model.zero_grad()
         sum(
             (weight * each).sum()
-            for pair, found in zip(pairs.pairs, logps, strict=True)
+            for pair, found in zip(pairs.examples, logps, strict=True)
             for weight, each in zip(weights_of(pair), found, strict=True)
         ).backward()
         self.grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -100,7 +91,7 @@ class Truth:
                 weights = torch.zeros_like(logps)
                 for row, index in enumerate(micro.indices.tolist()):
                     seen.append(index)
-                    of_pair = weights_of(self.pairs.pairs[index])
+                    of_pair = weights_of(self.pairs.examples[index])
                     for side, at in enumerate((row, row + len(micro))):
                         expected = self.logps[index][side]
                         torch.testing.assert_close(
@@ -160,7 +151,7 @@ def test_completions_that_begin_alike(layout: Layout) -> None:
     truth = Truth(model, pairs)
     for budget in (1, 20, 10_000):
         truth.compare(model, scorer, layout, budget)
-    for pair, (prompt, chosen, rejected, shared) in zip(pairs.pairs, ALIKE, strict=True):
+    for pair, (prompt, chosen, rejected, shared) in zip(pairs.examples, ALIKE, strict=True):
         # The last token of a completion predicts nothing and is left out
         whole = 2 * len(prompt) + len(chosen) - 1 + len(rejected) - 1
         assert pair.tokens(layout) == whole - (len(prompt) + shared) * layout.sharing
@@ -442,9 +433,9 @@ def test_what_segments_cannot_express_is_refused() -> None:
 # The cut
 
 
-def of_lengths(*lengths: int) -> list[PairIds]:
+def of_lengths(*lengths: int) -> list[Example]:
     """Pairs of so many tokens in a row that shares their prompt, with nothing else in common."""
-    return [PairIds(torch.arange(n - 2), torch.tensor([1, 2]), torch.tensor([3, 4])) for n in lengths]
+    return [Example(torch.arange(n - 2), (torch.tensor([1, 2]), torch.tensor([3, 4]))) for n in lengths]
 
 
 def test_first_fit_decreasing() -> None:
@@ -460,20 +451,19 @@ def test_first_fit_decreasing() -> None:
 
 
 IDS = st.lists(st.integers(1, 3), min_size=1, max_size=9).map(torch.tensor)
-PAIRS = st.lists(st.builds(PairIds, IDS, IDS, IDS), min_size=1, max_size=12)
+PAIRS = st.lists(st.builds(Example, IDS, st.tuples(IDS, IDS)), min_size=1, max_size=12)
 
 
 @given(pairs=PAIRS, budget=st.integers(1, 80), layout=st.sampled_from([PLAIN, *LAYOUTS]))
-def test_every_pair_is_cut_once_and_within_the_budget(pairs: list[PairIds], budget: int, layout: Layout) -> None:
-    pairs_batch = pairs_of(*((p.prompt.tolist(), p.chosen.tolist(), p.rejected.tolist()) for p in pairs))
+def test_every_pair_is_cut_once_and_within_the_budget(pairs: list[Example], budget: int, layout: Layout) -> None:
+    pairs_batch = pairs_of(*((p.prompt.tolist(), *(ids.tolist() for ids in p.completions)) for p in pairs))
     micros = pairs_batch.cut(budget, None, layout)
     assert sorted(index for micro in micros for index in micro.indices.tolist()) == list(range(len(pairs)))
     for micro in micros:
         assert len(micro) == 1 or micro.input_ids.numel() <= budget
         if len(micro) == 1:
             assert micro.input_ids.numel() == pairs[int(micro.indices)].tokens(layout)
-        completions = [pairs[i].chosen for i in micro.indices.tolist()]
-        completions += [pairs[i].rejected for i in micro.indices.tolist()]
+        completions = [pairs[i].completions[side] for side in (0, 1) for i in micro.indices.tolist()]
         assert micro.targets.tolist() == torch.cat(completions).tolist()
         # What is read to predict a token is the token before it, and its position is that of the sequence
         read, place = [], []
@@ -493,8 +483,8 @@ def test_no_token_of_another_sequence_is_seen() -> None:
     scorer = CompletionScorer()
     scorer.heads.read(model)
     first, second = batch(), batch()
-    for name in ("prompt", "chosen", "rejected"):
-        getattr(second.pairs[2], name).fill_(50)
+    for ids in (second.examples[2].prompt, *second.examples[2].completions):
+        ids.fill_(50)
     with torch.no_grad(), segments_active([model]):
         (micro,), (changed,) = (each.cut(10_000, None, Layout(packing=True)) for each in (first, second))
         expected, found = scorer.tokens(model, micro).logps, scorer.tokens(model, changed).logps

@@ -11,7 +11,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from transformers import BitsAndBytesConfig
 
-from fastdpo.training.models.loading import keep_quantized_layers_trainable
+from fastdpo.training.models.quantized import keep_quantized_layers_trainable
 
 NF4 = BitsAndBytesConfig(
     load_in_4bit=True,

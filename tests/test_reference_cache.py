@@ -23,9 +23,10 @@ from safetensors.numpy import save as to_safetensors
 from test_quantized import NF4
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from fastdpo.training.objectives import PreferenceObjective
 from fastdpo.training.reference import cache as reference_cache
+from fastdpo.training.reference import reference_identity
 from fastdpo.training.reference.cache import CachedLogps, Entry, ReferenceCache
-from fastdpo.training.reference.fingerprint import reference_identity
 from fastdpo.training.reference.policy import ReferencePolicy
 
 IDENTITY = {"weights": "8c1f", "quantisation": "none", "max_length": "1024", "ld_alpha": "None"}
@@ -39,8 +40,8 @@ def key(number: int) -> bytes:
 
 def filled(values: dict[int, tuple[float, float]] = VALUES, identity: dict[str, str] = IDENTITY) -> ReferenceCache:
     cache = ReferenceCache(identity)
-    chosen, rejected = torch.tensor(list(values.values()), dtype=torch.float64).reshape(-1, 2).unbind(1)
-    assert cache.put([key(number) for number in values], chosen, rejected) == len(values)
+    logps = torch.tensor(list(values.values()), dtype=torch.float64).reshape(-1, 2)
+    assert cache.put([key(number) for number in values], logps) == len(values)
     return cache
 
 
@@ -58,7 +59,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 def assert_holds(found: CachedLogps, numbers: list[int], values: dict[int, tuple[float, float]] = VALUES) -> None:
     expected = torch.tensor([values[number] for number in numbers], dtype=torch.float32)
     assert found.missing == []
-    assert torch.equal(torch.stack([found.chosen, found.rejected], dim=1), expected)
+    assert torch.equal(found.logps, expected)
 
 
 # In memory
@@ -68,7 +69,7 @@ def test_get_says_what_is_missing_and_gives_no_number_for_it() -> None:
     cache = filled()
     found = cache.get([key(2), key(77), key(1), key(2), key(78)])
     assert found.missing == [1, 4]
-    assert found.chosen.isnan().tolist() == found.rejected.isnan().tolist() == [False, True, False, False, True]
+    assert found.logps.isnan().tolist() == [[missing] * 2 for missing in (False, True, False, False, True)]
     assert_holds(cache.get([key(2), key(1)]), [2, 1])
     assert (cache.hits, cache.computed, len(cache)) == (3 + 2, 4, 4)
 
@@ -76,28 +77,27 @@ def test_get_says_what_is_missing_and_gives_no_number_for_it() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, -1e300])  # the last is infinite in float32
 def test_values_that_are_not_finite_stay_missing(bad: float) -> None:
     cache = filled({})
-    chosen = torch.tensor([bad, -1.0, -2.0], dtype=torch.float64)
-    rejected = torch.tensor([-3.0, bad, -4.0], dtype=torch.float64)
-    assert cache.put([key(0), key(1), key(2)], chosen, rejected) == 1
+    logps = torch.tensor([[bad, -3.0], [-1.0, bad], [-2.0, -4.0]], dtype=torch.float64)
+    assert cache.put([key(0), key(1), key(2)], logps) == 1
     assert cache.get([key(0), key(1), key(2)]).missing == [0, 1]
     exchanged = float(torch.tensor(bad, dtype=torch.float64).float())  # ranks send float32 values
-    assert cache.merge([Entry(key(3), exchanged, -1.0), Entry(key(4), -1.0, exchanged)]) == 0
+    assert cache.merge([Entry(key(3), (exchanged, -1.0)), Entry(key(4), (-1.0, exchanged))]) == 0
 
 
 def test_a_stored_value_stays() -> None:
     cache = filled()
-    assert cache.put([key(1), key(5), key(5)], torch.tensor([-9.0, -1.0, -8.0]), torch.tensor([-9.0, -2.0, -8.0])) == 1
+    assert cache.put([key(1), key(5), key(5)], torch.tensor([[-9.0, -9.0], [-1.0, -2.0], [-8.0, -8.0]])) == 1
     assert_holds(cache.get([key(1)]), [1])
     assert_holds(cache.get([key(5)]), [5], {5: (-1.0, -2.0)})
 
 
 def test_wrong_shapes_are_refused_before_anything_is_stored() -> None:
     cache = filled({})
-    for chosen, rejected in ((torch.zeros(3), torch.zeros(3)), (torch.zeros(2), torch.zeros(1))):
-        with pytest.raises(ValueError, match=r"must both be \(2,\)"):
-            cache.put([key(1), key(2)], chosen, rejected)
+    for shape in ((3, 2), (2, 1), (4,)):
+        with pytest.raises(ValueError, match=r"\(2, 2\) is needed"):
+            cache.put([key(1), key(2)], torch.zeros(shape))
     with pytest.raises(ValueError, match="15 bytes"):
-        cache.put([key(1)[1:]], torch.zeros(1), torch.zeros(1))
+        cache.put([key(1)[1:]], torch.zeros(1, 2))
     assert len(cache) == 0
 
 
@@ -161,7 +161,7 @@ def assert_unused_then_replaced(path: Path, caplog: pytest.LogCaptureFixture, re
     cache = ReferenceCache(IDENTITY)
     assert cache.load(path) == 0
     assert len(cache) == 0
-    cache.put([key(9)], torch.tensor([-1.0]), torch.tensor([-2.0]))
+    cache.put([key(9)], torch.tensor([[-1.0, -2.0]]))
     cache.save(path)
     messages = warnings(caplog)
     assert len(messages) == 1
@@ -246,7 +246,7 @@ def test_other_safetensors_file_is_not_used(file: Path, caplog: pytest.LogCaptur
 
 def test_file_of_values_that_are_not_finite_is_not_used(file: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Even with a checksum that agrees."""
-    file.write_bytes(reference_cache._encode({key(1): (-1.0, math.nan), key(2): (-1.0, -2.0)}, IDENTITY))
+    file.write_bytes(reference_cache._encode({key(1): (-1.0, math.nan), key(2): (-1.0, -2.0)}, IDENTITY, 2))
     assert_unused_then_replaced(file, caplog, "not finite")
 
 
@@ -260,7 +260,7 @@ def test_file_of_another_dtype_is_not_used(
 
     with monkeypatch.context() as patched:
         patched.setattr(reference_cache, "to_safetensors", as_integers)
-        file.write_bytes(reference_cache._encode({key(1): (-1.0, -2.0)}, IDENTITY))
+        file.write_bytes(reference_cache._encode({key(1): (-1.0, -2.0)}, IDENTITY, 2))
     assert_unused_then_replaced(file, caplog, "'I32'")
 
 
@@ -283,7 +283,7 @@ def test_savers_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
         try:
             start.wait()
             for number in range(100 * saver, 100 * saver + 10):
-                cache.put([key(number)], torch.tensor([-1.0 * number]), torch.tensor([-2.0 * number]))
+                cache.put([key(number)], torch.tensor([[-1.0 * number, -2.0 * number]]))
                 cache.save(path)
         except BaseException as error:
             failures.append(error)
@@ -357,7 +357,8 @@ def identity(
     torch.manual_seed(3)
     model = get_peft_model(tiny.llama() if model is None else model, lora or tiny.lora())
     config = tiny.config("unused", **options)
-    return reference_identity(ReferencePolicy(model, ref_model), tokenizer or tiny.tokenizer(), config)
+    weighting = PreferenceObjective(config).weighting()
+    return reference_identity(ReferencePolicy(model, ref_model), tokenizer or tiny.tokenizer(), config, weighting)
 
 
 def trained_lora(**overrides: Any) -> Any:

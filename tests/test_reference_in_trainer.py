@@ -17,7 +17,6 @@ from worker import state
 
 from fastdpo.training.reference import store as reference_store
 from fastdpo.training.reference.cache import REFERENCE_CACHE_FILE
-from fastdpo.training.rows.batch import TokenBatch
 from fastdpo.training.runs.callbacks import TrainingInterrupted
 
 PAIRS = 22
@@ -104,10 +103,9 @@ def test_kept_values_are_those_of_the_reference(tmp_path: Path) -> None:
     assert seen == [PAIRS] * 3
     base = tiny.llama()
     for row in run.trainer.train_dataset:
-        batch = TokenBatch(run.trainer.data_collator([row]), torch.device("cpu"))
-        kept = run.trainer.reference_cache.get([batch.key(0)])
+        kept = run.trainer.references.recall(run.trainer.make_batch([row]))
         assert not kept.missing
-        for found, completion in ((kept.chosen, row["chosen_ids"]), (kept.rejected, row["rejected_ids"])):
+        for found, completion in zip(kept.logps[0], (row["chosen_ids"], row["rejected_ids"]), strict=True):
             ids = torch.tensor([[*row["prompt_ids"], *completion]])
             with torch.no_grad():
                 logps = base(ids).logits[0, len(row["prompt_ids"]) - 1 : -1].double().log_softmax(-1)
@@ -216,9 +214,9 @@ def test_evaluation_pairs_are_kept_too(tmp_path: Path) -> None:
 
 def test_precomputation_can_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it has by then is kept, and the next run computes the rest."""
-    monkeypatch.setattr(reference_store, "_ROUND", 4)
+    monkeypatch.setattr(reference_store, "ROUND", 4)
     run = Run(tmp_path, reference="precompute")
-    keep, kept = run.trainer.share_reference, []
+    keep, kept = run.trainer.references.share, []
 
     def stopped() -> None:
         keep()
@@ -226,7 +224,7 @@ def test_precomputation_can_be_stopped(tmp_path: Path, monkeypatch: pytest.Monke
         if len(kept) == 2:
             run.trainer.stop_signals.received = 15
 
-    monkeypatch.setattr(run.trainer, "share_reference", stopped)
+    monkeypatch.setattr(run.trainer.references, "share", stopped)
     with pytest.raises(TrainingInterrupted):
         run.train()
     assert kept[:2] == [4, 8]
@@ -248,10 +246,8 @@ def test_evaluation_of_a_rank_that_knows_all_its_references(tmp_path: Path, monk
     trainer = tiny.trainer(tmp_path, data=tiny.pairs(6), eval_dataset=tiny.pairs(6, seed=1))
     first = trainer.evaluate()
     answers = iter([True, False])
-    batch = TokenBatch(trainer.data_collator([trainer.eval_dataset[i] for i in range(6)]), trainer.args.device)
-    trainer.layouts.settle(batch, trainer.accelerator.autocast)
-    monkeypatch.setattr(trainer, "most", lambda value: next(answers, value))
-    with trainer.layouts.active():
-        scored = trainer._scored(batch)
+    batch = trainer.make_batch([trainer.eval_dataset[i] for i in range(6)])
+    monkeypatch.setattr(trainer.sharding, "most", lambda value: next(answers, value))
+    scored = trainer.batch_scores.evaluated(batch)
     assert next(answers, None) is None
     assert trainer.evaluation_metrics(EvalPrediction(scored, None))["loss"] == pytest.approx(first["eval_loss"])

@@ -16,7 +16,7 @@ from test_quantized import NF4
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers import AutoModelForCausalLM
 
-from fastdpo.training.models.loading import keep_quantized_layers_trainable
+from fastdpo.training.models.quantized import keep_quantized_layers_trainable
 from fastdpo.training.reference import fingerprint
 from fastdpo.training.reference.policy import ReferencePolicy
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,10 +31,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from fastdpo.training.models.loading import disable_dropout
+from fastdpo.training.models.dropout import disable_dropout
+from fastdpo.training.objectives import PairScores, PreferenceObjective
 from fastdpo.training.rows.batch import TokenBatch
 from fastdpo.training.scoring.head import find_head
 from fastdpo.training.scoring.scorer import CompletionScorer, completion_logits, scored_hidden
+from fastdpo.training.scoring.scores import Scores
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -88,9 +91,7 @@ LENGTHS = [(7, 4, 9), (1, 12, 1), (15, 3, 5), (4, 6, 6)]  # prompt, chosen, reje
 def batch() -> TokenBatch:
     generator = torch.Generator().manual_seed(3)
     ids = [[torch.randint(1, 97, (n,), generator=generator) for n in lengths] for lengths in LENGTHS]
-    prompts, chosen, rejected = (list(column) for column in zip(*ids, strict=True))
-    features = {"pair_prompt_ids": prompts, "pair_chosen_ids": chosen, "pair_rejected_ids": rejected}
-    return TokenBatch({**features, "example_ids": [str(i) for i in range(len(ids))]}, torch.device("cpu"))
+    return tiny.batch_of(*ids)
 
 
 def alone(model: Any, prompt: torch.Tensor, completion: torch.Tensor) -> torch.Tensor:
@@ -109,14 +110,13 @@ def test_logps_of_a_micro_batch(name: str, budget: int) -> None:
     scorer = CompletionScorer()
     seen = []
     for micro in pairs.cut(budget):
-        chosen, rejected = scorer.pair_logps(scorer.tokens(model, micro).logps, micro)
-        for at, index in enumerate(micro.indices.tolist()):
-            for found, completions in (
-                (chosen, [p.chosen for p in pairs.pairs]),
-                (rejected, [p.rejected for p in pairs.pairs]),
-            ):
-                truth = alone(model, pairs.pairs[index].prompt, completions[index]).sum()
-                torch.testing.assert_close(found[at].double(), truth, rtol=1e-5, atol=1e-4)
+        scores = Scores.zeros(pairs.lengths())
+        scorer.fill_policy(scores, scorer.tokens(model, micro), micro)
+        for index in micro.indices.tolist():
+            pair = pairs.examples[index]
+            for found, completion in zip(scores.logps[:, index], pair.completions, strict=True):
+                truth = alone(model, pair.prompt, completion).sum()
+                torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-4)
             seen.append(index)
     assert sorted(seen) == [0, 1, 2, 3]
 
@@ -151,28 +151,28 @@ def test_only_scored_rows_reach_the_head(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "forward" not in vars(model.lm_head), "the head is not the model's own again"
 
 
-def test_length_desensitised_and_weighted_scores() -> None:
+def test_length_desensitised_and_weighted_scores(tmp_path: Path) -> None:
     """LD-DPO weights the tokens beyond the pair's shorter answer by α; WPO's weight is a pair's length-normalised
     likelihood over Σp². Both from one sequence at a time."""
     model = tiny.llama(vocab_size=97)
     pairs = batch()
     (micro,) = pairs.cut(10_000)
-    scorer = CompletionScorer(ld_alpha=0.25, use_weighting=True)
-    result = scorer.tokens(model, micro, weighting=True)
-    chosen, rejected = scorer.pair_logps(result.logps, micro)
-    weights = scorer._pair_weights(result, micro)
-    for at, index in enumerate(micro.indices.tolist()):
-        pair = pairs.pairs[index]
-        shared = min(len(pair.chosen), len(pair.rejected))
+    objective = PreferenceObjective(tiny.config(tmp_path, ld_alpha=0.25, use_weighting=True))
+    scorer = CompletionScorer(objective.token_weights, objective.statistics)
+    scores = Scores.zeros(pairs.lengths(), 1)
+    scorer.fill_policy(scores, scorer.tokens(model, micro, statistics=True), micro)
+    weights = PairScores.of(scores).pair_weights
+    for index, pair in enumerate(pairs.examples):
+        shared = min(map(len, pair.completions))
         weight = 1.0
-        for found, completion in ((chosen, pair.chosen), (rejected, pair.rejected)):
+        for found, completion in zip(scores.logps[:, index], pair.completions, strict=True):
             tokens = alone(model, pair.prompt, completion)
             expected = tokens[:shared].sum() + 0.25 * tokens[shared:].sum()
-            torch.testing.assert_close(found[at].double(), expected, rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
             prompt = pair.prompt
             logits = model(input_ids=torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1].double()
             weight *= float((tokens - logits.softmax(-1).square().sum(-1).log()).mean().exp().detach())
-        assert float(weights[at]) == pytest.approx(weight, rel=1e-4)
+        assert float(weights[index]) == pytest.approx(weight, rel=1e-4)
 
 
 @pytest.mark.parametrize("path", ["logits", "hidden"])

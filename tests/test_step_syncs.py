@@ -17,11 +17,12 @@ from sync_watch import Event, SyncWatch
 from torch import Tensor
 
 from fastdpo import DynamicBeta, FastDPOTrainer, preference_loss
+from fastdpo.training.memory import MemoryTrial
 from fastdpo.training.rows import attention
+from fastdpo.training.scoring import CompletionScorer, Scores
 from fastdpo.training.scoring import scorer as scoring
-from fastdpo.training.scoring.scorer import CompletionScorer, PairScores
 
-CHECK, PLAN = Event("cpu", "_record"), Event("tolist", "own_kept")
+CHECK, PLAN = Event("cpu", "read"), Event("tolist", "own_kept")
 #: Options, and the waits of every step.
 STEPS: dict[str, tuple[dict[str, Any], list[Event]]] = {
     "DPO": ({}, [CHECK]),
@@ -40,20 +41,18 @@ STEPS: dict[str, tuple[dict[str, Any], list[Event]]] = {
 
 def on_the_device(trainer: FastDPOTrainer) -> list[Tensor]:
     """What lies there before a step."""
-    models = [trainer.model] + [trainer.reference.ref_model] * (trainer.reference.ref_model is not None)
-    found = [each for model in models for each in (*model.parameters(), *model.buffers())]
-    found += (trainer.reference._start or {}).values()
+    found = [*trainer.model.parameters(), *trainer.model.buffers(), *trainer.reference.tensors()]
     return found if trainer.dynamic_beta is None else [*found, *trainer.dynamic_beta.buffers()]
 
 
 def watched(folder: Path, **options: Any) -> list[SyncWatch]:
     """A run of two epochs, two steps each; what the steps after the first did. Forwards are among the copies."""
     trainer = tiny.trainer(folder, data=tiny.pairs(16), max_steps=4, micro_batch_tokens="110", **options)
-    step, forward, watches = trainer.training_step, trainer.forward_tokens, []
+    step, forward, watches = trainer.training_step, trainer.passes.forward, []
 
-    def forward_tokens(*args: Any, **kwargs: Any) -> Any:
+    def forwarded(*args: Any, **kwargs: Any) -> Any:
         if watches:
-            watches[-1].copies.append(Event("forward", "forward_tokens"))
+            watches[-1].copies.append(Event("forward", "forward"))
         return forward(*args, **kwargs)
 
     def training_step(*args: Any) -> Tensor:
@@ -63,7 +62,7 @@ def watched(folder: Path, **options: Any) -> list[SyncWatch]:
         with watches[-1]:
             return step(*args)
 
-    trainer.training_step, trainer.forward_tokens = training_step, forward_tokens
+    trainer.training_step, trainer.passes.forward = training_step, forwarded
     trainer.train()
     assert len(watches) == 3
     return watches
@@ -73,11 +72,11 @@ def watched(folder: Path, **options: Any) -> list[SyncWatch]:
 def test_the_host_waits_for_the_plan_and_the_check_only(name: str, tmp_path: Path) -> None:
     """New reference log-probs come with the check, known ones go in one copy."""
     options, expected = STEPS[name]
-    known = ["recall_reference"] * ("reference" not in options)
+    known = ["begin"] * ("reference" not in options)
     for watch, epoch in zip(watched(tmp_path, **options), (1, 2, 2), strict=True):
         assert watch.syncs == expected
         before = [event.function for event in watch.copies]
-        before, after = before[: before.index("forward_tokens")], before[before.index("forward_tokens") :]
+        before, after = before[: before.index("forward")], before[before.index("forward") :]
         # To be trained on, or held until the plan; to be scored by policy or reference or each
         coupled = "dynamic_beta" in options or "aot" in options.get("loss_type", ())
         assert before[: len(known) + 1] == ["lengths", *known]
@@ -85,7 +84,7 @@ def test_the_host_waits_for_the_plan_and_the_check_only(name: str, tmp_path: Pat
         assert len(before) - len(known) - 1 == 1 + (epoch == 1 or not known) + coupled
         # Which pairs the plan keeps is not known before
         assert after.count("lay_out") == coupled
-        assert set(after) <= {"forward_tokens", "lay_out"}
+        assert set(after) <= {"forward", "lay_out"}
 
 
 def test_ids_stay_on_the_host(tmp_path: Path) -> None:
@@ -122,7 +121,7 @@ def rows_by_mask(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def indices_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PairScores, "at", lambda self, at: PairScores.unstack(self.stack()[list(range(len(at)))]))
+    monkeypatch.setattr(Scores, "at", lambda self, at: Scores.unstack(self.stack()[list(range(len(at)))], 2))
 
 
 PLANTED: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
@@ -181,8 +180,8 @@ def test_attention_of_variable_length_waits_for_nothing(tmp_path: Path, monkeypa
     # Not on the first batch, whose log-probs would differ from those of unshared rows
     monkeypatch.setattr(attention, "_has_flash", lambda _: bool(trained))
     trained: list[bool] = []
-    settle = FastDPOTrainer.settle_memory
-    monkeypatch.setattr(FastDPOTrainer, "settle_memory", lambda self: (settle(self), trained.append(True)))
+    settle = MemoryTrial.settle
+    monkeypatch.setattr(MemoryTrial, "settle", lambda self, dataset: (settle(self, dataset), trained.append(True)))
     for watch in watched(tmp_path):
         assert watch.syncs == [CHECK]
     assert calls

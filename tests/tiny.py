@@ -13,6 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fastdpo import FastDPOConfig, FastDPOTrainer
+from fastdpo.training.ranks import Ranks
+from fastdpo.training.rows import Example, TokenBatch
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '</s>' }}{% endfor %}"
@@ -62,6 +64,18 @@ def pairs(count: int, seed: int = 0) -> Dataset:
         for _ in range(count)
     ]
     return Dataset.from_list(rows)
+
+
+def batch_of(*examples: tuple[list[int] | torch.Tensor, ...]) -> TokenBatch:
+    """A batch of token ids on the host: (prompt, completion, ...) each."""
+    ids = [[torch.as_tensor(each) for each in example] for example in examples]
+    made = [Example(prompt, tuple(completions)) for prompt, *completions in ids]
+    return TokenBatch(made, [str(i) for i in range(len(made))], torch.device("cpu"))
+
+
+def ranks() -> Ranks:
+    """One process on the CPU."""
+    return Ranks(0, 1, torch.device("cpu"))
 
 
 def lora(**overrides: Any) -> LoraConfig:

@@ -157,12 +157,9 @@ class _Attempt:
         self.batch, self.window = batch, window
         self.objective, self.passes, self.memory = step.objective, step.passes, step.memory
         self.args, self.model, self.backward = step.args, step.model, step.backward
-        self.scores, missing = step.batch_scores.begin(batch)
-        if self.args.reference == "online":
-            self.new_references: Sequence[int] = ()
-            self.missing: Sequence[int] = range(len(batch)) if self.objective.needs_reference else ()
-        else:
-            self.new_references = self.missing = missing
+        keeps = step.references.keeps
+        self.scores, self.missing = step.batch_scores.begin(batch, recall=keeps)
+        self.new_references = self.missing if keeps else ()
         #: Whether memory that runs out runs out in a pass without gradients.
         self.is_scoring = True
 

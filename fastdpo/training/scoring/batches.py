@@ -26,11 +26,16 @@ class BatchScores:
     def __init__(self, passes: Passes, references: ReferenceStore) -> None:
         self.passes, self.references = passes, references
 
-    def begin(self, batch: TokenBatch) -> tuple[Scores, Sequence[int]]:
-        """Scores of nothing but what is known of the reference, and the examples whose is still to be computed."""
+    def begin(self, batch: TokenBatch, *, recall: bool = True) -> tuple[Scores, Sequence[int]]:
+        """Scores of nothing but what is known of the reference, and the examples whose is still to be computed.
+
+        recall: False asks for nothing that is known.
+        """
         scores = Scores.zeros(batch.lengths(), len(self.passes.scorer.statistics))
         if not self.references.needed:
             return scores, ()
+        if not recall:
+            return scores, range(len(batch))
         known = self.references.recall(batch)
         (scores.ref_logps,) = to_device([known.logps.T.nan_to_num().to(scores.ref_logps.dtype)], batch.device)
         return scores, known.missing
