@@ -24,9 +24,9 @@ from fastdpo.training.scoring.head import Head, HeadReader, OpaqueHead, find_hea
 from fastdpo.training.scoring.scorer import CompletionScorer
 
 PAIRS = batch()
-for _pair in PAIRS.pairs:
-    _pair.chosen.clamp_(max=95)
-    _pair.rejected.clamp_(max=95)  # two of the models below take token 96 out
+for _pair in PAIRS.examples:
+    for _ids in _pair.completions:
+        _ids.clamp_(max=95)  # two of the models below take token 96 out
 
 
 def micro_batch() -> MicroBatch:
@@ -43,8 +43,8 @@ def truth(model: Any, micro: MicroBatch) -> torch.Tensor:
     rows = torch.zeros(micro.completion_mask.shape, dtype=torch.float64)
     indices = micro.indices.tolist()
     for row, index in enumerate([*indices, *indices]):
-        completion = PAIRS.pairs[index].chosen if row < len(indices) else PAIRS.pairs[index].rejected
-        rows[row, : len(completion)] = alone(model, PAIRS.pairs[index].prompt, completion)
+        completion = PAIRS.examples[index].completions[row // len(indices)]
+        rows[row, : len(completion)] = alone(model, PAIRS.examples[index].prompt, completion)
     return rows
 
 
@@ -223,10 +223,10 @@ class Masked(type(tiny.llama())):
 def test_unknown_treatment_of_the_logits(kind: type, autocast: bool, caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     model = adapted(kind(tiny.llama(vocab_size=97).config))
-    scorer = CompletionScorer()
+    scorer = CompletionScorer(statistics=("log_sum_sq_probs",))
     micro = micro_batch()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        first, second = (scorer.tokens(model, micro, weighting=True) for _ in range(2))
+        first, second = (scorer.tokens(model, micro, statistics=True) for _ in range(2))
     assert torch.equal(first.logps, second.logps)
     (said,) = warnings_of(caplog)
     assert said.startswith(f"{kind.__name__} does something to its logits that its configuration does not tell")
