@@ -11,13 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parent.parent))
-
 from benchmarks import cases, contenders, memory, peers, report, scaling, timing
 from benchmarks.cases import HeadCase, HeadInputs, PairInputs
 from benchmarks.settings import Settings
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_command_writes_figures_of_every_section(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from benchmarks.gpu.report import Report, Skipped
 from benchmarks.gpu.runner import STAGES, Runner, Stage
 from benchmarks.gpu.sizes import REAL, TOY
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -75,7 +75,7 @@ def test_refusals(found: dict[str, Any], sentence: str, monkeypatch: pytest.Monk
 
 
 def test_gpu_tests_are_deselected_aloud_and_asked_for_in_vain_end_with_the_status() -> None:
-    options = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", "tests/test_gpu.py")
+    options = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", "tests/benchmarks/test_gpu.py")
     done = without_card(sys.executable, *options)
     assert done.returncode == 0, done.stdout
     assert re.search(r"\d+ GPU tests were deselected; they run on a card: make test-gpu\.", done.stdout)

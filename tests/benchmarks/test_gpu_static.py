@@ -16,7 +16,7 @@ from benchmarks.cases import HeadCase
 from fastdpo.ops.linear_logprob.operators import linear_logprob
 from fastdpo.ops.linear_logprob.tiles import WORKSPACE
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FIELDS = {"card", "rows", "hidden", "vocab", "launches", "bytes_per_logit", "predicted_ms", "bare_ms", "ratio"}
 
 

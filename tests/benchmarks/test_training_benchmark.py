@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
-
-sys.path.append(str(Path(__file__).parent.parent))
-
 from tiny import llama, tokenizer
+from torch import nn
 
 from benchmarks import profile_step, training, training_run
 from benchmarks.profile_step import Product

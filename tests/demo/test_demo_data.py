@@ -13,7 +13,7 @@ from fastdpo.demo.baseline import bag_of_words_accuracy
 from fastdpo.demo.generate import FILE_NAMES, build_split, render_files
 from fastdpo.demo.generate.__main__ import main
 
-DATA = Path(__file__).parents[1] / "fastdpo" / "demo" / "data"
+DATA = Path(__file__).parents[2] / "fastdpo" / "demo" / "data"
 KINDS = {"correct", "polite", "to_the_point", "safe"}
 SPLITS = ("train", "eval")
 

@@ -1,7 +1,8 @@
 """The head's fused product, compiled for every GPU generation with the tiles of the table: no spills, tensor cores,
 asynchronous copies, shared memory and residency as planned.
 
-`python tests/test_head_gemm_compile.py` prints what the machine code of every variant holds as JSON.
+`PYTHONPATH=tests python tests/device_kernels/test_head_gemm_compile.py` prints what the machine code of every variant
+holds as JSON.
 """
 
 from __future__ import annotations

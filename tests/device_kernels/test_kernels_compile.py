@@ -1,7 +1,8 @@
 """Every kernel compiles for every GPU generation without a GPU, within budgets: no spills, shared memory, wide loads.
 
 Triton decides when it decorates whether kernels are interpreted, so the compiling happens in one process of its own:
-`python tests/test_kernels_compile.py` prints what it found as JSON. Compiled kernels are cached by Triton.
+`PYTHONPATH=tests python tests/device_kernels/test_kernels_compile.py` prints what it found as JSON.
+Compiled kernels are cached by Triton.
 """
 
 from __future__ import annotations

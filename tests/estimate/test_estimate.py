@@ -337,7 +337,7 @@ def test_prediction_for_the_demo_is_within_15_percent_of_its_peak(tmp_path: Path
     ("name", "card", "checkpointing"), [("Llama-3-8B", "12GB", "on"), ("SmolLM2-135M", "8GB", "off")]
 )
 def test_cells_of_the_documented_table(name: str, card: str, checkpointing: str) -> None:
-    lines = (Path(__file__).parent.parent / "docs/memory.md").read_text(encoding="utf-8").splitlines()
+    lines = (Path(__file__).parents[2] / "docs/memory.md").read_text(encoding="utf-8").splitlines()
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     row = next(cells for cells in table if cells[:2] == [name, checkpointing])
     documented = row[table[0].index(card)]

@@ -51,7 +51,7 @@ print(json.dumps([refused, launches]))
 
 def kernel_process(script: str, *arguments: str, interpret: bool) -> str:
     """What a process of its own prints: whether Triton interprets is decided at import."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "TRITON_INTERPRET": "01"[interpret], "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", script, *arguments]

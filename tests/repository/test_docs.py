@@ -14,7 +14,7 @@ import tiny
 from fastdpo.commands.options import make_parser, parse
 from fastdpo.training.options.config import DataConfig, FastDPOConfig, ModelConfig
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 

@@ -36,7 +36,7 @@ def test_other_versions_are_not_taken_for_the_floor(tmp_path: Path) -> None:
         stated = "3.5.1" if name == "triton" else version
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {stated}\n")
     script = f"import floor, pathlib; print(floor.wrong_versions(pathlib.Path({str(tmp_path)!r})))"
-    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parent)])
+    path = os.pathsep.join([str(tmp_path), str(Path(floor.__file__).parent)])
     environment["PYTHONPATH"] = path
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
     asked = floor.pinned("floor.txt")["triton"]

@@ -13,23 +13,10 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from transformers import TrainerCallback
+from same_run import CUTS, WORKER, KeepGradients, assert_same_run
 from worker import state
 
 from fastdpo import DynamicBeta, preference_loss
-
-WORKER = Path(__file__).with_name("worker.py")
-
-
-class KeepGradients(TrainerCallback):
-    """Stores the first step's gradients."""
-
-    def __init__(self) -> None:
-        self.grads: dict[str, torch.Tensor] = {}
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if not self.grads:
-            self.grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def whole_batch(trainer: Any, loss: Callable[..., torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -129,11 +116,6 @@ def test_dynamic_beta_follows_a_loss_that_has_a_beta(tmp_path: Path) -> None:
     assert trainer.state.log_history[0]["beta/value"] == pytest.approx(0.5, abs=1e-4)
 
 
-CUTS = {
-    "plain": {},
-    "dynamic": {"dynamic_beta": True, "keep_ratio": 0.7},
-    "weighted": {"use_weighting": True, "ld_alpha": 0.5, "loss_type": ["sigmoid", "sft"], "learning_rate": 5.0},
-}
 #: One row per completion, and the reference in every step.
 PLAINEST = {"prefix_sharing": "off", "packing": "off", "reference": "online"}
 #: Ways to compute the same update.
@@ -150,21 +132,6 @@ def run(folder: Path, pairs: int = 24, **options: Any) -> tuple[dict[str, torch.
     trainer = tiny.trainer(folder, data=tiny.pairs(pairs), **options)
     trainer.train()
     return state(trainer), trainer.state.log_history
-
-
-def assert_same_run(one: Any, other: Any) -> None:
-    """Weights to 1e-5, and every logged metric to 1e-4 relative."""
-    assert one[0].keys() == other[0].keys()
-    for name, value in one[0].items():
-        torch.testing.assert_close(
-            other[0][name], value, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
-        )
-    for a, b in zip(one[1], other[1], strict=True):
-        untimed = a.keys() - {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
-        # At the first step the policy is its reference, and the sign of a gap is the sign of its rounding
-        equal_models = abs(a.get("rewards/margins", 1.0)) < 1e-5
-        for key in untimed - ({"rewards/accuracies"} if equal_models else set()):
-            assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-5), key
 
 
 @pytest.mark.parametrize("name", CUTS)

@@ -10,7 +10,7 @@ import tiny
 import torch
 import trl
 from datasets import Dataset
-from test_training_step import KeepGradients
+from same_run import KeepGradients
 
 from fastdpo import FastDPOConfig, FastDPOTrainer
 

@@ -16,8 +16,8 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
-from test_scoring import MODELS
-from test_training_step import CUTS, WORKER, assert_same_run
+from families import MODELS
+from same_run import CUTS, WORKER, assert_same_run
 from transformers import BloomConfig, BloomForCausalLM, TrainingArguments
 from worker import injected, state
 

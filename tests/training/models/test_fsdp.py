@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fsdp_worker
 import pytest
 import tiny
 import torch
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from fastdpo.training.models.sharded import check_plugin
 
-WORKER = Path(__file__).with_name("fsdp_worker.py")
+WORKER = Path(fsdp_worker.__file__)
 SGD = {"max_steps": 5, "optim": "sgd", "learning_rate": 0.05}
 ADAM = {"max_steps": 5, "learning_rate": 1e-3}
 #: 22 pairs in global batches of 8: the last batch of an epoch has wrapped duplicates.

@@ -9,16 +9,9 @@ import pytest
 import tiny
 import torch
 from bitsandbytes.nn import Linear4bit
-from transformers import BitsAndBytesConfig
+from tiny import NF4
 
 from fastdpo.training.models.quantized import keep_quantized_layers_trainable
-
-NF4 = BitsAndBytesConfig(
-    load_in_4bit=True,
-    bnb_4bit_quant_type="nf4",
-    bnb_4bit_use_double_quant=True,
-    bnb_4bit_compute_dtype=torch.float32,
-)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from peft import get_peft_model
 from safetensors import safe_open
 from safetensors.numpy import save as to_safetensors
-from test_quantized import NF4
+from tiny import NF4
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fastdpo.training.objectives import PreferenceObjective

@@ -11,7 +11,7 @@ import tiny
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from test_training_step import CUTS, assert_same_run
+from same_run import CUTS, assert_same_run
 from transformers import EvalPrediction, TrainerCallback
 from worker import state
 

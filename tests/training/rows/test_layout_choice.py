@@ -10,9 +10,9 @@ import pytest
 import tiny
 import torch
 import transformers
+from families import MODELS, SIZES, batch
 from peft import PromptTuningConfig, get_peft_model
-from test_scoring import MODELS, SIZES, batch
-from test_training_step import assert_same_run
+from same_run import assert_same_run
 from torch import Tensor
 from transformers import (
     BloomConfig,

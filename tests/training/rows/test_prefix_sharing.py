@@ -10,10 +10,9 @@ from typing import Any, ClassVar
 import pytest
 import tiny
 import torch
+from families import MODELS, adapted, alone, batch, made
 from hypothesis import given
 from hypothesis import strategies as st
-from test_head_in_trainer import adapted, made
-from test_scoring import MODELS, alone, batch
 from torch import Tensor
 
 from fastdpo.training.memory.plan import enable_checkpointing

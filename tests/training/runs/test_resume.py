@@ -16,6 +16,7 @@ import tiny
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
+from same_run import WORKER
 from transformers import TrainerCallback
 from worker import state
 
@@ -30,7 +31,6 @@ from fastdpo.training.runs.checkpoint import (
     staging_folder,
 )
 
-WORKER = Path(__file__).with_name("worker.py")
 #: 24 pairs, 8 per step: three steps an epoch, so step 10 lies inside one. The default AdamW keeps moments.
 OPTIONS = {
     "max_steps": 20,

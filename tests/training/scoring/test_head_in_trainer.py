@@ -12,12 +12,10 @@ import torch
 import transformers
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from bitsandbytes.nn import Linear4bit
-from peft import PeftModel, get_peft_model
-from test_scoring import MODELS, SIZES, alone, batch
+from families import MODELS, SIZES, adapted, alone, batch, made
 from worker import state
 
 from fastdpo.training.memory.plan import enable_checkpointing
-from fastdpo.training.models.dropout import disable_dropout
 from fastdpo.training.rows.layout import MicroBatch
 from fastdpo.training.scoring import scorer as scoring
 from fastdpo.training.scoring.head import Head, HeadReader, OpaqueHead, find_head
@@ -76,18 +74,6 @@ def assert_numbers(model: Any, scorer: CompletionScorer, *, grads: bool = True) 
             msg=lambda text, name=name: name + text,
         )
     return expected_grads
-
-
-def made(name: str) -> Any:
-    torch.manual_seed(0)
-    model = MODELS[name]().train()
-    disable_dropout(model)
-    return model
-
-
-def adapted(model: Any, **options: Any) -> PeftModel:
-    torch.manual_seed(5)
-    return get_peft_model(model, tiny.lora(init_lora_weights=False, **options)).train()
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
