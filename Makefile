@@ -22,8 +22,10 @@ test: $(VENV)/.dev
 
 FLOOR := $(abspath $(VENV))/floor
 # Every kernel, and a cut through the trainer; CONTRIBUTING.md names the wider selection
-FLOOR_TESTS ?= $(patsubst %,tests/test_%.py,kernels_compile head_gemm_compile rng head_kernels fused_head selective_logprob preference_ops \
-  scoring prefix_sharing cli trl_trainer quantized)
+FLOOR_TESTS ?= tests/device_kernels tests/formulas/test_rng.py \
+  $(patsubst %,tests/ops/test_%.py,linear_logprob_fused selective_logprob preference_loss) \
+  $(patsubst %,tests/training/%.py,scoring/test_scoring rows/test_prefix_sharing models/test_quantized test_trl_trainer) \
+  tests/commands/test_cli.py
 test-floor: $(VENV)/.floor
 	FASTDPO_TEST_FLOOR=$(FLOOR) PYTHONPATH=$(FLOOR) $(BIN)/python -m pytest $(FLOOR_TESTS) $(ARGS)
 

@@ -26,8 +26,11 @@ if DEVICE != "cuda":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Before any kernel is imported: Triton decides when it decorates
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Their folder is no name of a package that is installed (`kernels`, `fastdpo_kernels`): on this path it would shadow it
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(1, str(Path(__file__).parent.parent))  # `benchmarks`, whose checks the GPU's tests share
+
+pytest.register_assert_rewrite("same_run")  # a helper whose assertions should explain themselves
 
 
 def pytest_configure() -> None:

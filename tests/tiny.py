@@ -10,13 +10,22 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fastdpo import FastDPOConfig, FastDPOTrainer
+from fastdpo.training.ranks import Ranks
+from fastdpo.training.rows import Example, TokenBatch
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '</s>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+#: QLoRA's quantisation, computed in float32.
+NF4 = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype=torch.float32,
 )
 
 
@@ -62,6 +71,18 @@ def pairs(count: int, seed: int = 0) -> Dataset:
         for _ in range(count)
     ]
     return Dataset.from_list(rows)
+
+
+def batch_of(*examples: tuple[list[int] | torch.Tensor, ...]) -> TokenBatch:
+    """A batch of token ids on the host: (prompt, completion, ...) each."""
+    ids = [[torch.as_tensor(each) for each in example] for example in examples]
+    made = [Example(prompt, tuple(completions)) for prompt, *completions in ids]
+    return TokenBatch(made, [str(i) for i in range(len(made))], torch.device("cpu"))
+
+
+def ranks() -> Ranks:
+    """One process on the CPU."""
+    return Ranks(0, 1, torch.device("cpu"))
 
 
 def lora(**overrides: Any) -> LoraConfig:

@@ -1,4 +1,5 @@
-"""Comparisons with float64 on random inputs, for any device: what the correctness stage and tests/test_gpu.py run.
+"""Comparisons with float64 on random inputs, for any device: what the correctness stage and
+tests/benchmarks/test_gpu.py run.
 
 Each gives `Error`s: a name, the error seen, and what is allowed. Allowed are, relative to the largest true log-prob:
 1e-5 in float32, 3e-5 for 16-bit inputs, whose products are exact but summed by tensor cores with a few bits less than

@@ -13,7 +13,7 @@ from benchmarks.gpu.sizes import Sizes
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Where they are: the other files would be collected in vain.
-TESTS = ("tests/test_gpu.py",)
+TESTS = ("tests/benchmarks/test_gpu.py",)
 #: pytest's status where no test was selected.
 NO_TESTS = 5
 #: Seconds in which an interrupted pytest prints its summary.

@@ -34,7 +34,6 @@ from fastdpo.training.memory.plan import RetryStep, release_memory
 from fastdpo.training.models.loading import lora_config
 from fastdpo.training.options.config import ModelConfig
 from fastdpo.training.rows.attention import segments_active
-from fastdpo.training.rows.batch import TokenBatch
 from fastdpo.training.rows.layout import PLAIN, Layout
 
 #: Largest mean difference of a token's log-prob between two ways through the model: 16 bits round in every layer.
@@ -145,15 +144,15 @@ def run(report: Report, sizes: Sizes) -> None:
 def compare_layouts(report: Report, bench: Bench, clock: Clock) -> None:
     """Token log-probs of one batch, packed and shared by segments, against one row per completion by SDPA."""
     trainer: Any = bench.trainer("fastdpo")
-    policy = trainer.policy().eval()
+    policy = trainer.model.eval()
     rows = [bench.data[i] for i in range(bench.case.pairs)]
-    batch = TokenBatch(trainer.data_collator(rows), trainer.args.device)
+    batch = trainer.make_batch(rows)
     everything = 2 * sum(trainer_tokens(row) for row in rows)
 
     def scored(layout: Layout) -> torch.Tensor:
         """(2P, C), chosen first, in the order of the pairs."""
         (micro,) = batch.cut(everything, None, layout)
-        logps = trainer.forward_tokens(policy, micro).logps
+        logps = trainer.passes.forward(policy, micro).logps
         order = torch.cat([micro.indices, micro.indices + len(micro)]).to(logps.device)
         return torch.zeros_like(logps).index_copy_(0, order, logps)
 
@@ -290,8 +289,8 @@ def report_estimate(report: Report, process: subprocess.Popen[str], seconds: flo
 def longest_pairs(report: Report, bench: Bench) -> None:
     """For each card, without checkpointing: the longest pair, half prompt, that goes forward and backward alone."""
     trainer: Any = bench.trainer("fastdpo", gradient_checkpointing="false")
-    first = TokenBatch(trainer.data_collator([bench.data[0]]), trainer.args.device)
-    trainer.layouts.settle(first, trainer.accelerator.autocast)
+    first = trainer.make_batch([bench.data[0]])
+    trainer.layouts.settle(first)
     for card in bench.shape.cards:
         name = f"longest pair on {card}"
         if report.skips(name, NEEDED["longest"] / 2 if bench.sizes.on_gpu else 0.0):
@@ -344,14 +343,14 @@ def fits(trainer: Any) -> Callable[[int], bool]:
 
     def attempt(tokens: int) -> bool:
         pair = of_tokens(tokens)
-        draw = partial(torch.randint, 0, trainer.policy().config.vocab_size)
+        draw = partial(torch.randint, 0, trainer.model.config.vocab_size)
         ids = {"prompt_ids": draw((pair.prompt,)), "chosen_ids": draw((pair.completion,))}
         row = ids | {"rejected_ids": draw((pair.completion,)), "example_id": "longest"}
-        batch = TokenBatch(trainer.data_collator([row]), trainer.args.device)
+        batch = trainer.make_batch([row])
 
         def work() -> None:
-            (micro,) = trainer.cut(batch, 1, range(1))
-            trainer.accelerator.backward(0.0 * trainer.forward_tokens(trainer.policy(), micro).logps.sum())
+            (micro,) = trainer.passes.cut(batch, 1, range(1))
+            trainer.accelerator.backward(0.0 * trainer.passes.forward(trainer.model, micro).logps.sum())
 
         try:
             with trainer.layouts.active():
@@ -359,7 +358,7 @@ def fits(trainer: Any) -> Callable[[int], bool]:
         except RetryStep:
             return False
         finally:
-            trainer.policy().zero_grad()
+            trainer.model.zero_grad()
             release_memory()
         return True
 

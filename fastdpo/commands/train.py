@@ -15,7 +15,6 @@ from fastdpo.commands.options import make_parser, parse
 from fastdpo.data import load_preferences
 from fastdpo.training.models.loading import load_model, load_tokenizer, lora_config
 from fastdpo.training.options.config import DataConfig, FastDPOConfig, ModelConfig
-from fastdpo.training.runs.artifacts import save_run
 from fastdpo.training.runs.checkpoint import check_output_dir, recover, resolve_resume
 from fastdpo.training.trainer import FastDPOTrainer
 
@@ -73,7 +72,7 @@ def run(model_config: ModelConfig, data_config: DataConfig, args: FastDPOConfig)
     if eval_dataset is not None:
         results |= trainer.evaluate()
     options = {**_set_options(model_config), **_set_options(data_config)}
-    save_run(trainer, results, options)
+    trainer.save_run(results, options)
     if main_process:
         console.print(_summary(results))
         console.print(f"saved in {args.output_dir}", highlight=False)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fastdpo.training.scoring.scorer import PairScores
+from fastdpo.training.objectives import PairScores
 from fastdpo.training.trainer import FastDPOTrainer
 
 MAX_NEW_TOKENS = 40

@@ -27,7 +27,7 @@ from fastdpo.demo.report import Snapshot, print_report, results_of, take_snapsho
 from fastdpo.demo.smollm2 import prepare_model
 from fastdpo.training.models.loading import load_model, load_tokenizer, lora_config
 from fastdpo.training.options.config import FastDPOConfig, ModelConfig
-from fastdpo.training.runs.artifacts import METRICS_FILE, save_run
+from fastdpo.training.runs.artifacts import METRICS_FILE
 from fastdpo.training.runs.checkpoint import check_output_dir, recover, resolve_resume
 from fastdpo.training.trainer import FastDPOTrainer
 
@@ -122,7 +122,7 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
     after = take_snapshot(trainer, DATA / "eval.meta.jsonl")
     words = bag_of_words_accuracy(DATA / "train.jsonl.gz", DATA / "eval.jsonl.gz", limit=count)
     results = results_of(before, after, words, count, training.metrics)
-    files = save_run(trainer, results, {"model_name_or_path": model_config.model_name_or_path, "load_in_4bit": True})
+    files = trainer.save_run(results, {"model_name_or_path": model_config.model_name_or_path, "load_in_4bit": True})
     results["seconds"] = time.time() - started
     _add_total_time(trainer, results)
     print_report(console, before, after, results)

@@ -1,163 +1,126 @@
-"""The gradients of one optimizer step: scores, plan, backward passes, and the step again with less at once where memory
-ran out."""
+"""One optimizer step, from a batch of examples to gradients and figures.
+
+    known    the reference's log-probs that were computed before
+    scored   the others by the reference; where c of an example depends on the others' log-probs, all by the policy too:
+             those of one micro-batch with their graph kept, the rest without gradients
+    planned  what the objective decides on the whole batch of all ranks: β and the examples that are kept
+    trained  Σ stop_grad(c)·logp backpropagated over the kept examples, micro-batch by micro-batch, c = dL/dlogp
+    summed   the gradients over ranks, once
+    read     loss, gradient norm, metrics and new reference log-probs, in the host's one look at them
+
+Neither the cut into micro-batches nor the number of ranks changes the gradients. So memory that runs out on any rank
+makes all of them start again with less at once: from the same statistics, the same random numbers and no gradients.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastdpo.formulas.oracle import BetaPlan, PreferenceOutput
-from fastdpo.loss.dynamic_beta import DynamicBeta
 from fastdpo.training.memory.plan import RetryStep, get_rng_state, set_rng_state
-from fastdpo.training.objective import Coefficients
+from fastdpo.training.models.sharded import gradient_norm
+from fastdpo.training.objectives.objective import Coefficients, Objective, Output, Plan
+from fastdpo.training.options.config import FastDPOConfig
+from fastdpo.training.ranks import Ranks
+from fastdpo.training.reference.store import ReferenceStore
+from fastdpo.training.rows.attention import deterministic
 from fastdpo.training.rows.batch import TokenBatch
 from fastdpo.training.rows.global_batch import GlobalBatch
 from fastdpo.training.rows.layout import MicroBatch
-from fastdpo.training.scoring.passes import ScoringMixin
-from fastdpo.training.scoring.scorer import PairScores, TokenScores
+from fastdpo.training.scoring.batches import BatchScores
+from fastdpo.training.scoring.passes import Passes
+from fastdpo.training.scoring.scorer import TokenScores
+from fastdpo.training.scoring.scores import Scores
 
 
 @dataclass(frozen=True)
-class StepScores:
+class StepResult:
     """What a step leaves beside its gradients.
 
-    scores: this rank's. everyone: those of all ranks. plan, output: β's plan and the loss of all pairs, where they were
-    needed on the way. new_references: this rank's pairs whose reference log-probs were not known before.
+    scores: this rank's. everyone: those of all ranks. plan, output: of all examples, where they were needed on the way.
+    new_references: this rank's examples whose reference log-probs were not known before.
     """
 
-    scores: PairScores
-    everyone: PairScores
-    plan: BetaPlan | None
-    output: PreferenceOutput | None
+    scores: Scores
+    everyone: Scores
+    plan: Plan | None
+    output: Output | None
     new_references: Sequence[int]
 
 
-class GradientsMixin(ScoringMixin):
-    """Computes the gradients of a step into the parameters' `grad`."""
+class StepFigures(NamedTuple):
+    """A step's numbers on the host, but the loss itself: 0-D, over all ranks' examples."""
 
-    dynamic_beta: DynamicBeta | None
-    _scoring = False  # whether memory that runs out ran out in a pass without gradients
+    loss: Tensor
+    loss_value: float
+    grad_norm: float
+    metrics: dict[str, float]
 
-    def step_gradients(self, batch: TokenBatch, window: GlobalBatch) -> StepScores:
-        """The step's gradients. Memory that runs out on any rank makes all of them start it again with less at once:
-        from the same statistics, the same random numbers and no gradients, so that nothing is lost or counted twice."""
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss_value) and math.isfinite(self.grad_norm)
+
+
+class OptimizerStep:
+    """Computes the gradients of a batch into the parameters' `grad`.
+
+    Args:
+        objective: what is scored, planned, differentiated and logged.
+        passes: of micro-batches. batch_scores: begins with what is known of the reference.
+        references: keeps what is new.
+        args, ranks: of the run.
+        backward: accelerate's, which scales the loss where fp16 needs that.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        passes: Passes,
+        batch_scores: BatchScores,
+        references: ReferenceStore,
+        args: FastDPOConfig,
+        ranks: Ranks,
+        backward: Callable[[Tensor], None],
+    ) -> None:
+        self.objective, self.passes, self.batch_scores, self.references = objective, passes, batch_scores, references
+        self.args, self.ranks, self.backward = args, ranks, backward
+        self.memory, self.layouts, self.model = passes.memory, passes.layouts, passes.model
+
+    def __call__(self, batch: TokenBatch, window: GlobalBatch) -> StepResult:
+        """The gradients of `batch`, this rank's part of `window`, summed over ranks."""
+        attempt = _Attempt(self, batch, window)
+        with self.layouts.active(), deterministic(self.args.deterministic_attention):
+            result = self._repeated(attempt)
+        self._sum_gradients()
+        return result
+
+    def _repeated(self, attempt: _Attempt) -> StepResult:
         random_state = get_rng_state(self.args.device)
-        scores = PairScores.zeros(*batch.lengths())
-        if self.args.reference == "online":
-            missing = list(range(len(batch))) if self.objective.needs_reference else []
-        else:
-            missing = self.recall_reference(batch, scores)
-        to_score = missing
         while True:
-            self._scoring = True
             try:
-                everyone, plan, output = self._gradients_of(batch, window, scores, to_score)
-                return StepScores(scores, everyone, plan, output, () if self.args.reference == "online" else missing)
+                return attempt.run()
             except RetryStep as retry:
                 cause = retry.cause
-            if not self._scoring:
-                to_score = []  # the reference is in `scores`
             self.model.zero_grad()
             set_rng_state(self.args.device, random_state)
-            self.memory.shrink(self.layouts.tokens(batch), scoring=self._scoring, cause=cause)
+            self.memory.shrink(attempt.batch.tokens(self.layouts.layout), scoring=attempt.is_scoring, cause=cause)
 
-    def _gradients_of(
-        self, batch: TokenBatch, window: GlobalBatch, scores: PairScores, missing: Sequence[int]
-    ) -> tuple[PairScores, BetaPlan | None, PreferenceOutput | None]:
-        """The scores of all ranks, the plan, and the loss where it was computed on the way. `missing`: the pairs whose
-        reference is to be scored.
-
-        All micro-batches that are known at the start go to the device before the first forward.
-        """
-        coupled, layout = self.objective.couples_batch, self.layouts.layout
-        own = range(len(batch) if coupled else window.own_real)
-        groups = batch.groups(self.memory.train_tokens, own, layout)
-        # With dropout on, log-probs with and without a graph differ: either all pairs of all ranks are scored with one
-        # or none
-        holds = coupled and (self.args.disable_dropout or self.memory.over_ranks(len(groups)) == 1)
-        if coupled:
-            groups = groups[:1] if holds else []
-        rest = set(range(len(batch))) - {index for group in groups for index in group}
-
-        def score() -> list[MicroBatch]:
-            micros = batch.lay_out(groups, layout)
-            self.score_micros(batch, scores, self.scoring_micros(batch, rest if coupled else (), missing))
-            return micros
-
-        micros = self.memory.guarded(score)
-        self._scoring = False
-        if coupled:
-            return self._train_coupled(batch, scores, window, micros[0] if micros else None)
-        return self._train_separable(batch, scores, window, micros), None, None
-
-    def _train_coupled(
-        self, batch: TokenBatch, scores: PairScores, window: GlobalBatch, first: MicroBatch | None
-    ) -> tuple[PairScores, BetaPlan | None, PreferenceOutput]:
-        """`first` is a micro-batch whose pairs are not scored yet: its graph is kept from here to its backward."""
-        held: TokenScores | None = None
-        if first is not None:
-            held = self.memory.guarded(
-                lambda: self.forward_tokens(self.policy(), first, weighting=self.args.use_weighting)
-            )
-            self.scorer.fill_policy(scores, held, first)
-        everyone = window.gather(scores)
-        plan = self.objective.plan(everyone, self.dynamic_beta)
-        whole, output = self.objective.evaluate(everyone, plan)
-        coefficients = window.own(whole)
-        kept = set(window.own_kept(None if plan is None else plan.keep))
-
-        def train() -> None:
-            # Which pairs are left is known only now
-            rest = kept - set(first.members if first is not None else ())
-            micros = self.cut(batch, self.memory.train_tokens, rest)
-            if held is not None and first is not None and (not kept.isdisjoint(first.members) or self.is_fsdp_enabled):
-                self._backward(held, first, coefficients.at(first.indices))  # with FSDP ranks go backward together
-            for micro, counts in self.in_step(batch, micros):
-                result = self.forward_tokens(self.policy(), micro)
-                self._backward(result, micro, coefficients.at(micro.indices), counts)
-
-        self.memory.guarded(train)
-        return everyone, plan, output
-
-    def _train_separable(
-        self, batch: TokenBatch, scores: PairScores, window: GlobalBatch, micros: Sequence[MicroBatch]
-    ) -> PairScores:
-        whole = self.objective.size(window.gather(scores))  # lengths: c of a pair needs no other pair's log-probs
-
-        def train() -> None:
-            for micro, counts in self.in_step(batch, micros):
-                result = self.forward_tokens(self.policy(), micro, weighting=self.args.use_weighting)
-                if counts:
-                    self.scorer.fill_policy(scores, result, micro)
-                self._backward(result, micro, self.objective.coefficients(scores.at(micro.indices), whole), counts)
-
-        self.memory.guarded(train)
-        return window.gather(scores)
-
-    def _backward(
-        self, result: TokenScores, micro: MicroBatch, coefficients: Coefficients, counts: bool = True
-    ) -> None:
-        """Backpropagate Σ c·logp over the micro-batch, which has the gradient of the whole batch's loss; zeros where
-        the micro-batch does not count. `coefficients`: of its pairs, in their order."""
-        per_row = torch.cat([coefficients.chosen, coefficients.rejected])
-        per_token = per_row[:, None] * self.scorer.token_weights(micro)
-        per_token[: len(micro)] += coefficients.chosen_sums[:, None] * micro.completion_mask[: len(micro)]
-        self.accelerator.backward((per_token * result.logps).sum() * counts)
-
-    def sum_gradients(self) -> None:
-        """Sum the trainable gradients over ranks in one all-reduce; a rank without kept pairs adds zeros.
+    def _sum_gradients(self) -> None:
+        """Sum the trainable gradients over ranks in one all-reduce; a rank without kept examples adds zeros.
 
         Those of sharded parameters are summed already.
         """
-        trained = [p for p in self.policy().parameters() if p.requires_grad]
+        trained = [p for p in self.model.parameters() if p.requires_grad]
         for p in trained:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        if self.args.world_size > 1:
+        if self.ranks.count > 1:
             for dtype in sorted({p.dtype for p in trained}, key=str):
                 grads = [p.grad for p in trained if p.dtype == dtype and type(p.grad) is Tensor]
                 if not grads:
@@ -166,3 +129,116 @@ class GradientsMixin(ScoringMixin):
                 dist.all_reduce(flat)
                 for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
                     grad.copy_(summed.view_as(grad))
+
+    @torch.no_grad()
+    def read(self, result: StepResult, batch: TokenBatch, *, with_norm: bool) -> StepFigures:
+        """The step's numbers, all that the host wants to know at once; keeps new reference log-probs.
+
+        with_norm: look for gradients that are not finite. With fp16 a loss scaler does, and skips the step.
+        """
+        objective = self.objective
+        output = objective.loss(result.everyone, result.plan) if result.output is None else result.output
+        metrics = objective.metrics(result.everyone, output, result.plan)
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = gradient_norm(grads) if with_norm and grads else torch.zeros_like(output.loss)
+        numbers = torch.stack([output.loss, norm.to(output.loss), *metrics.values()])
+        references = result.scores.ref_logps
+        read = torch.cat([numbers, references.flatten().to(numbers)]).cpu()
+        self.references.keep(batch, read[len(numbers) :].view_as(references), list(result.new_references))
+        self.references.share()
+        loss, grad_norm, *values = read[: len(numbers)].tolist()
+        return StepFigures(output.loss.detach(), loss, grad_norm, dict(zip(metrics, values, strict=True)))
+
+
+class _Attempt:
+    """One batch on its way through a step; what it has learnt of the reference survives a repetition."""
+
+    def __init__(self, step: OptimizerStep, batch: TokenBatch, window: GlobalBatch) -> None:
+        self.batch, self.window = batch, window
+        self.objective, self.passes, self.memory = step.objective, step.passes, step.memory
+        self.args, self.model, self.backward = step.args, step.model, step.backward
+        keeps = step.references.keeps
+        self.scores, self.missing = step.batch_scores.begin(batch, recall=keeps)
+        self.new_references = self.missing if keeps else ()
+        #: Whether memory that runs out runs out in a pass without gradients.
+        self.is_scoring = True
+
+    def run(self) -> StepResult:
+        """All micro-batches that are known at the start go to the device before the first forward."""
+        self.is_scoring = True
+        coupled, layout = self.objective.couples_batch, self.passes.layouts.layout
+        own = range(len(self.batch) if coupled else self.window.own_real)
+        groups = self.batch.groups(self.memory.train_tokens, own, layout)
+        if coupled:
+            groups = groups[:1] if self._may_hold(len(groups)) else []
+        rest = set(range(len(self.batch))) - {index for group in groups for index in group}
+        micros = self.memory.guarded(lambda: self._score(groups, rest if coupled else ()))
+        self.is_scoring, self.missing = False, ()  # the reference is in `scores`
+        if coupled:
+            return self._train_coupled(micros[0] if micros else None)
+        return self._train_separable(micros)
+
+    def _may_hold(self, groups: int) -> bool:
+        """Whether one micro-batch's graph may be kept from its scoring to its backward. With dropout on, log-probs with
+        and without a graph differ: either all examples of all ranks are scored with one or none."""
+        return self.args.disable_dropout or self.memory.over_ranks(groups) == 1
+
+    def _score(self, groups: Sequence[Sequence[int]], by_policy: Sequence[int] | set[int]) -> list[MicroBatch]:
+        """The micro-batches of `groups`, on the device, after the passes without gradients."""
+        micros = self.batch.lay_out(groups, self.passes.layouts.layout)
+        passes = self.passes.to_score(self.batch, policy=by_policy, reference=self.missing)
+        self.passes.score(self.batch, self.scores, passes)
+        return micros
+
+    def _train_coupled(self, first: MicroBatch | None) -> StepResult:
+        """`first` is a micro-batch whose examples are not scored yet: its graph is kept from here to its backward."""
+        held: TokenScores | None = None
+        if first is not None:
+            held = self.memory.guarded(lambda: self.passes.forward(self.model, first, statistics=True))
+            self.passes.scorer.fill_policy(self.scores, held, first)
+        everyone = self._everyone()
+        plan = self.objective.plan(everyone)
+        whole, output = self.objective.evaluate(everyone, plan)
+        coefficients = Coefficients(self.window.own(whole.logps), self.window.own(whole.sums))
+        kept = set(self.window.own_kept(None if plan is None else plan.keep))
+
+        def train() -> None:
+            # Which examples are left is known only now
+            rest = kept - set(first.members if first is not None else ())
+            micros = self.passes.cut(self.batch, self.memory.train_tokens, rest)
+            together = self.passes.sharding.enabled  # ranks then go backward together
+            if held is not None and first is not None and (not kept.isdisjoint(first.members) or together):
+                self._backward(held, first, coefficients.at(first.indices))
+            for micro, counts in self.passes.in_step(self.batch, micros):
+                result = self.passes.forward(self.model, micro)
+                self._backward(result, micro, coefficients.at(micro.indices), counts)
+
+        self.memory.guarded(train)
+        return StepResult(self.scores, everyone, plan, output, self.new_references)
+
+    def _train_separable(self, micros: Sequence[MicroBatch]) -> StepResult:
+        size = self.objective.size(self._everyone())  # lengths: c of an example needs no other one's log-probs
+
+        def train() -> None:
+            for micro, counts in self.passes.in_step(self.batch, micros):
+                result = self.passes.forward(self.model, micro, statistics=True)
+                if counts:
+                    self.passes.scorer.fill_policy(self.scores, result, micro)
+                part = self.scores.at(micro.indices)
+                self._backward(result, micro, self.objective.coefficients(part, size), counts)
+
+        self.memory.guarded(train)
+        return StepResult(self.scores, self._everyone(), None, None, self.new_references)
+
+    def _everyone(self) -> Scores:
+        """The scores of all ranks."""
+        return Scores.unstack(self.window.gathered(self.scores.stack()), self.objective.completions)
+
+    def _backward(
+        self, result: TokenScores, micro: MicroBatch, coefficients: Coefficients, counts: bool = True
+    ) -> None:
+        """Backpropagate Σ c·logp over the micro-batch, which has the gradient of the whole batch's loss; zeros where
+        the micro-batch does not count. `coefficients`: of its examples, in their order."""
+        per_token = coefficients.logps.flatten()[:, None] * self.passes.scorer.weights(micro)  # (K·P, C)
+        per_token += coefficients.sums.flatten()[:, None] * micro.completion_mask
+        self.backward((per_token * result.logps).sum() * counts)

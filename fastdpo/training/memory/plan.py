@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from accelerate.utils.memory import should_reduce_batch_size
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from fastdpo.training.options.config import FastDPOConfig
+from fastdpo.training.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +65,8 @@ class MemoryPlan:
     checkpointing: whether layers keep their inputs only.
     repeats: whether a step can be repeated; with FSDP, ranks wait for each other in the middle of a forward."""
 
-    def __init__(self, args: FastDPOConfig, model: PreTrainedModel, *, repeats: bool = True) -> None:
-        self.args, self.model, self.repeats = args, model, repeats
+    def __init__(self, args: FastDPOConfig, model: PreTrainedModel, ranks: Ranks, *, repeats: bool = True) -> None:
+        self.args, self.model, self.ranks, self.repeats = args, model, ranks, repeats
         self.train_tokens = args.train_token_budget
         self.score_tokens = SCORING_BUDGET_FACTOR * self.train_tokens
         self.checkpointing = False
@@ -114,7 +114,7 @@ class MemoryPlan:
     def shrink(self, tokens: Sequence[int], *, scoring: bool, cause: BaseException | None, local: bool = False) -> None:
         """Half the budget of the pass that ran out; checkpointing, where one pair is too much already.
 
-        tokens: of each pair of the batch in its rows. Raises OutOfMemory where nothing is left to try.
+        tokens: of each example of the batch in its rows. Raises OutOfMemory where nothing is left to try.
         """
         largest, total = self.over_ranks(max(tokens), local), self.over_ranks(sum(tokens), local)
         budget = min(self.score_tokens if scoring else self.train_tokens, total)
@@ -133,13 +133,20 @@ class MemoryPlan:
                 f"one pair of {largest} tokens does not fit into memory ({cause or 'on another rank'}). {ADVICE}"
             ) from cause
 
+    def until_it_fits(self, work: Callable[[], T], tokens: Sequence[int]) -> T:
+        """`work()`, a scoring pass on this rank alone, with smaller micro-batches each time that memory runs out.
+
+        tokens: as `shrink`'s. What ranks compute without gradients does not depend on how they cut it.
+        """
+        while True:
+            try:
+                return self.guarded(work, local=True)
+            except RetryStep as retry:
+                self.shrink(tokens, scoring=True, cause=retry.cause, local=True)
+
     def over_ranks(self, value: int, local: bool = False) -> int:
         """The largest of the ranks' values, so that all of them decide alike; this rank's own if `local`."""
-        if local or self.args.world_size == 1:
-            return value
-        held = torch.tensor(value, device=self.args.device)
-        dist.all_reduce(held, op=dist.ReduceOp.MAX)
-        return int(held)
+        return value if local else self.ranks.largest(value)
 
 
 def release_memory() -> None:

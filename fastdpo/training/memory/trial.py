@@ -1,7 +1,7 @@
 """Finding the budget of `micro_batch_tokens="auto"`: the most tokens per forward and backward that memory holds.
 
-On a GPU by trial: micro-batches of the training set's longest pairs go forward and backward, twice as many tokens each
-time, until memory runs out or a whole batch fits; their gradients are thrown away. On a CPU, where running out of
+On a GPU by trial: micro-batches of the training set's longest examples go forward and backward, twice as many tokens
+each time, until memory runs out or a whole batch fits; their gradients are thrown away. On a CPU, where running out of
 memory ends the process, from `memory_limit`: what is alive at the peak of a forward and backward is counted on a few
 tokens (`fastdpo.estimate.activations`), and is linear in them.
 """
@@ -14,6 +14,8 @@ from typing import Any
 
 import psutil
 import torch
+from datasets import Dataset
+from torch import nn
 
 from fastdpo.estimate.activations import Line, cpu_head_workspace
 from fastdpo.estimate.memory import HEAP_SHARE
@@ -22,16 +24,22 @@ from fastdpo.training.memory.host import map_large_blocks
 from fastdpo.training.memory.plan import (
     ADVICE,
     SCORING_BUDGET_FACTOR,
+    MemoryPlan,
     OutOfMemory,
     RetryStep,
     get_rng_state,
     release_memory,
     set_rng_state,
 )
+from fastdpo.training.options.config import FastDPOConfig
 from fastdpo.training.rows.batch import TokenBatch
-from fastdpo.training.scoring.passes import ScoringMixin
+from fastdpo.training.rows.choice import LayoutChoice
+from fastdpo.training.rows.layout import MicroBatch
 
 logger = logging.getLogger(__name__)
+
+#: Of a tokenised data set.
+Rows = list[dict[str, Any]]
 
 #: Share of the tokens that passed a trial which is used: later micro-batches fragment memory differently.
 _TRIAL_SHARE = 0.9
@@ -54,22 +62,44 @@ def largest_that_fits(attempt: Callable[[int], bool], start: int, cap: int) -> i
     return middle if fits and middle > fits and attempt(middle) else fits
 
 
-class MemoryTrialMixin(ScoringMixin):
-    """Settles the budget of a run before its first step."""
+class MemoryTrial:
+    """Settles the budget of a run before its first step.
 
-    def settle_memory(self) -> None:
-        """Find the budget where it is to be found; the layout is settled before."""
+    Args:
+        args: the run's options.
+        model: the policy.
+        memory: the plan that gets the budget.
+        layouts: of rows, settled before.
+        make_batch: rows of a tokenised data set → a batch.
+        score, train: one micro-batch of the policy without gradients; forward and backward, of weight zero.
+    """
+
+    def __init__(
+        self,
+        args: FastDPOConfig,
+        model: nn.Module,
+        memory: MemoryPlan,
+        layouts: LayoutChoice,
+        make_batch: Callable[[Rows], TokenBatch],
+        score: Callable[[MicroBatch], object],
+        train: Callable[[MicroBatch], object],
+    ) -> None:
+        self.args, self.model, self.memory, self.layouts = args, model, memory, layouts
+        self.make_batch, self.score, self.train = make_batch, score, train
+
+    def settle(self, dataset: Dataset) -> None:
+        """Find the budget where it is to be found. dataset: tokenised, to be trained on."""
         if self.memory.settled:
             return
         if self.args.device.type == "cuda" and self.memory.repeats:
-            self.memory.settle(self._found_by_trial())
+            self.memory.settle(self._found_by_trial(dataset))
         elif self.args.device.type == "cuda" and self.args.memory_limit is not None:
             raise ValueError(
                 f"memory_limit={self.args.memory_limit!r} cannot be tried out with FSDP, where ranks wait for each "
                 "other in the middle of a forward. Set micro_batch_tokens to a number."
             )
         elif self.args.memory_limit_bytes is not None:
-            self.memory.settle(self._found_by_counting(self.args.memory_limit_bytes))
+            self.memory.settle(self._found_by_counting(dataset, self.args.memory_limit_bytes))
         else:
             self.memory.settle(self.memory.train_tokens)
             return
@@ -77,21 +107,20 @@ class MemoryTrialMixin(ScoringMixin):
             "micro-batches of %d tokens%s", self.memory.train_tokens, ", checkpointed" * self.memory.checkpointing
         )
 
-    def _longest_pairs(self) -> tuple[list[dict[str, Any]], int]:
-        """The longest pairs of the training set, a batch of them, and the most tokens that one takes."""
-        lengths = list(self.train_dataset["length"])
+    def longest(self, dataset: Dataset) -> tuple[Rows, int]:
+        """The longest examples of the training set, a batch of them, and the most tokens that one takes."""
+        lengths = list(dataset["length"])
         order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-        rows = [self.train_dataset[i] for i in order[: self.args.train_batch_size]]
-        batch = TokenBatch(self.data_collator(rows), self.args.device)
-        return rows, max(self.layouts.tokens(batch))
+        rows = [dataset[i] for i in order[: self.args.train_batch_size]]
+        return rows, max(self.make_batch(rows).tokens(self.layouts.layout))
 
     def _trained_bytes(self) -> int:
-        return sum(p.numel() * p.element_size() for p in self.policy().parameters() if p.requires_grad)
+        return sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
 
     # On a GPU
 
-    def _found_by_trial(self) -> int:
-        rows, longest = self._longest_pairs()
+    def _found_by_trial(self, dataset: Dataset) -> int:
+        rows, longest = self.longest(dataset)
         if self.args.memory_limit_bytes is not None:
             total = torch.cuda.get_device_properties(self.args.device).total_memory
             share = min(1.0, self.args.memory_limit_bytes / total)
@@ -105,22 +134,20 @@ class MemoryTrialMixin(ScoringMixin):
             raise OutOfMemory(f"the longest pair, of {longest} tokens, does not fit into memory. {ADVICE}")
         return found if found == cap else max(longest, int(_TRIAL_SHARE * found))
 
-    def try_micro_batch(self, rows: list[dict[str, Any]], tokens: int) -> bool:
-        """Whether a micro-batch of `tokens` tokens of the pairs `rows` goes forward and backward on every rank.
+    def try_micro_batch(self, rows: Rows, tokens: int) -> bool:
+        """Whether a micro-batch of `tokens` tokens of the examples `rows` goes forward and backward on every rank.
 
         Its gradients are not kept, and what the optimizer will hold is held meanwhile. Random numbers are as before.
         """
 
         def work() -> None:
             reserve = torch.empty(_STATE_FACTOR * self._trained_bytes(), dtype=torch.uint8, device=self.args.device)
-            batch = TokenBatch(self.data_collator(rows), self.args.device)
-            while sum(self.layouts.tokens(batch)) < SCORING_BUDGET_FACTOR * tokens:
-                batch.pairs += batch.pairs
-            everything = range(len(batch))
-            with torch.no_grad():
-                self.forward_tokens(self.policy(), self.cut(batch, SCORING_BUDGET_FACTOR * tokens, everything)[0])
-            micro = self.cut(batch, tokens, everything)[0]
-            self.accelerator.backward(0.0 * self.forward_tokens(self.policy(), micro).logps.sum())
+            layout = self.layouts.layout
+            batch = self.make_batch(rows)
+            repeats = -(-SCORING_BUDGET_FACTOR * tokens // sum(batch.tokens(layout)))
+            batch = self.make_batch(rows * max(1, repeats))
+            self.score(batch.cut(SCORING_BUDGET_FACTOR * tokens, layout=layout)[0])
+            self.train(batch.cut(tokens, layout=layout)[0])
             del reserve
 
         random_state = get_rng_state(self.args.device)
@@ -131,22 +158,22 @@ class MemoryTrialMixin(ScoringMixin):
             return False
         finally:
             set_rng_state(self.args.device, random_state)
-            self.policy().zero_grad()
+            self.model.zero_grad()
             release_memory()
         return True
 
     # On a CPU
 
-    def _found_by_counting(self, limit: int) -> int:
-        rows, longest = self._longest_pairs()
+    def _found_by_counting(self, dataset: Dataset, limit: int) -> int:
+        rows, longest = self.longest(dataset)
         # Or freed activations stay with the process: twice of what they take at once (fastdpo.training.memory.host)
         heap = 1.0 if map_large_blocks() else 1.0 + HEAP_SHARE
         held = psutil.Process().memory_info().rss + _STATE_FACTOR * self._trained_bytes()
         room = int((_LIMIT_SHARE * limit - held) / heap)
-        tokens = self._tokens_within(room, rows[0])
+        tokens = self.tokens_within(room, rows[0])
         if tokens < longest and self.args.checkpointing == "auto" and not self.memory.checkpointing:
             self.memory.checkpoint_layers()
-            tokens = self._tokens_within(room, rows[0])
+            tokens = self.tokens_within(room, rows[0])
         tokens = -self.memory.over_ranks(-tokens)  # the least of all ranks'
         if tokens < longest:
             raise OutOfMemory(
@@ -155,24 +182,24 @@ class MemoryTrialMixin(ScoringMixin):
             )
         return min(tokens, longest * self.args.train_batch_size)
 
-    def _tokens_within(self, room: int, longest: dict[str, Any]) -> int:
-        """The most tokens that `room` bytes hold: a line through one and two of the longest pair."""
+    def tokens_within(self, room: int, longest: dict[str, Any]) -> int:
+        """The most tokens that `room` bytes hold: a line through one and two of the longest example."""
         random_state = get_rng_state(self.args.device)  # dropout draws from it
         with self.layouts.active():
             (few, *one), (many, *two) = (self._count_live(longest, count) for count in (1, 2))
         set_rng_state(self.args.device, random_state)
-        self.policy().zero_grad()
+        self.model.zero_grad()
         scoring, training = (Line.through((few, a), (many, b)) for a, b in zip(one, two, strict=True))
         return min(training.tokens_within(room), scoring.tokens_within(room) // SCORING_BUDGET_FACTOR)
 
     def _count_live(self, longest: dict[str, Any], count: int) -> tuple[int, int, int]:
-        """Tokens of a micro-batch of `count` pairs, and its peaks: without gradients, and forward and backward."""
-        batch = TokenBatch(self.data_collator([longest] * count), self.args.device)
-        tokens = sum(self.layouts.tokens(batch))
-        (micro,) = self.cut(batch, tokens, range(count))
+        """Tokens of a micro-batch of `count` examples, and its peaks: without gradients, and forward and backward."""
+        batch = self.make_batch([longest] * count)
+        tokens = sum(batch.tokens(self.layouts.layout))
+        (micro,) = batch.cut(tokens, layout=self.layouts.layout)
         counted = {**workspaces(), torch.ops.fastdpo.linear_logprob.default: cpu_head_workspace}
-        with LiveBytes(counted) as scoring, torch.no_grad():
-            self.forward_tokens(self.policy(), micro)
+        with LiveBytes(counted) as scoring:
+            self.score(micro)
         with LiveBytes(counted) as training:
-            self.accelerator.backward(0.0 * self.forward_tokens(self.policy(), micro).logps.sum())
+            self.train(micro)
         return tokens, scoring.peak, training.peak

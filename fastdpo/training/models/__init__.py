@@ -1,0 +1,1 @@
+"""Models: loaded, checked, adapted, and sharded over ranks."""

@@ -1,18 +1,15 @@
-"""Loading of the model, its quantisation, its adapter and its tokenizer; and what training needs changed in a model."""
+"""Loading: from a `ModelConfig` to the model, its quantisation, its adapter and its tokenizer."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,9 +21,6 @@ from transformers import (
 )
 
 from fastdpo.training.options.config import ModelConfig
-
-#: Attributes under which transformers' attention and feed-forward modules keep a dropout probability of their own.
-_DROPOUT_ATTRIBUTES = ("attention_dropout", "attn_dropout", "hidden_dropout", "activation_dropout", "dropout")
 
 
 def resolve_dtype(name: str) -> torch.dtype:
@@ -153,78 +147,3 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             raise FileNotFoundError(f"chat_template={config.chat_template!r}: no such file. Give a Jinja template.")
         tokenizer.chat_template = path.read_text(encoding="utf-8")
     return tokenizer
-
-
-def check_trainable_causal_lm(model: PreTrainedModel, argument: str = "model") -> None:
-    """Refuse models that preference losses cannot be computed on. Raises TypeError or ValueError."""
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(model, "get_output_embeddings"):
-        raise TypeError(
-            f"{argument} is a {type(model).__name__}; a transformers causal LM or its PEFT wrapper is needed."
-        )
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{argument} is an encoder-decoder ({type(model).__name__}); only decoder-only models are supported."
-        )
-    if model.get_output_embeddings() is None:
-        raise ValueError(
-            f"{argument} is a {type(model).__name__} without a language-model head. Load it with AutoModelForCausalLM."
-        )
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        raise ValueError(
-            f"{argument} has a {model.active_peft_config.peft_type.value} adapter, whose virtual tokens shift every "
-            "position. Use LoRA or another adapter of weights."
-        )
-
-
-def refuse_router_loss(config: Any, coefficient: float | None) -> None:
-    """Mixture-of-experts models whose auxiliary loss would be dropped are refused unless it is switched off."""
-    text = config.get_text_config()
-    declared = getattr(text, "router_aux_loss_coef", 0.0) if hasattr(text, "output_router_logits") else 0.0
-    if coefficient is None and declared:
-        raise ValueError(
-            f"{type(config).__name__} declares router_aux_loss_coef={declared}, and the auxiliary loss of a mixture of "
-            "experts is not supported. Set router_aux_loss_coef=0.0 to train without it."
-        )
-
-
-def keep_quantized_layers_trainable(model: PreTrainedModel) -> int:
-    """Keep bitsandbytes from repacking 4-bit weights for inference. Returns the number of 4-bit layers.
-
-    On CPUs with AVX512-BF16 a `Linear4bit` that runs in eval mode without gradients repacks its weight in place and
-    from then on uses a kernel without autograd: gradients would stop there in silence.
-    """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        return 0
-    from bitsandbytes.nn import Linear4bit
-
-    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
-    for layer in layers:
-        layer.support_avx512bf16_for_cpu = False
-    return len(layers)
-
-
-@contextmanager
-def without_dropout(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """`model` in eval mode, put back into the mode it was in afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        yield model
-    finally:
-        model.train(training)
-
-
-def disable_dropout(model: PreTrainedModel) -> float:
-    """Switch off dropout in `nn.Dropout` modules and in modules that keep a probability of their own.
-
-    Returns the largest probability that was switched off.
-    """
-    largest = 0.0
-    for module in model.modules():
-        names = ("p",) if isinstance(module, nn.modules.dropout._DropoutNd) else _DROPOUT_ATTRIBUTES
-        for name in names:
-            if isinstance(probability := getattr(module, name, None), float):
-                largest = max(largest, probability)
-                setattr(module, name, 0.0)
-    return largest

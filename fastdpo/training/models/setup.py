@@ -3,19 +3,47 @@
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fastdpo.training.models.loading import check_trainable_causal_lm, load_causal_lm, refuse_router_loss
+from fastdpo.training.models.dropout import disable_dropout
+from fastdpo.training.models.loading import load_causal_lm
+from fastdpo.training.models.quantized import is_quantized, keep_quantized_layers_trainable
 from fastdpo.training.options.config import FastDPOConfig
+
+logger = logging.getLogger(__name__)
 
 
 def model_name(model: str | PreTrainedModel) -> str:
     name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
     return Path(name).name or "model"
+
+
+def prepare_models(
+    model: str | PreTrainedModel,
+    ref_model: str | PreTrainedModel | None,
+    args: FastDPOConfig,
+    quantization: BitsAndBytesConfig | None,
+    peft_config: PeftConfig | None,
+) -> tuple[PreTrainedModel, PreTrainedModel | None]:
+    """The policy with its adapter, and the separate reference if there is one, ready to be trained and scored.
+
+    Raises ValueError, TypeError, FileNotFoundError.
+    """
+    model = resolve_model(model, args, quantization, "model")
+    ref_model = None if ref_model is None else resolve_model(ref_model, args, quantization, "ref_model")
+    check_models(model, ref_model, args)
+    model = with_adapter(model, peft_config)
+    for each in (model, ref_model):
+        if each is not None:
+            keep_quantized_layers_trainable(each)
+            if args.disable_dropout and (lost := disable_dropout(each)) and peft_config is not None:
+                logger.warning("disable_dropout=True switches off a dropout of %s. Set it False to keep it.", lost)
+    return model, ref_model
 
 
 def resolve_model(
@@ -34,6 +62,39 @@ def resolve_model(
     if args.model_init_kwargs and argument == "model":
         raise ValueError("model_init_kwargs acts while a model is loaded, but model is an object. Pass model by name.")
     return model
+
+
+def check_trainable_causal_lm(model: PreTrainedModel, argument: str = "model") -> None:
+    """Refuse models that preference losses cannot be computed on. Raises TypeError or ValueError."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_output_embeddings"):
+        raise TypeError(
+            f"{argument} is a {type(model).__name__}; a transformers causal LM or its PEFT wrapper is needed."
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{argument} is an encoder-decoder ({type(model).__name__}); only decoder-only models are supported."
+        )
+    if model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{argument} is a {type(model).__name__} without a language-model head. Load it with AutoModelForCausalLM."
+        )
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"{argument} has a {model.active_peft_config.peft_type.value} adapter, whose virtual tokens shift every "
+            "position. Use LoRA or another adapter of weights."
+        )
+
+
+def refuse_router_loss(config: Any, coefficient: float | None) -> None:
+    """Mixture-of-experts models whose auxiliary loss would be dropped are refused unless it is switched off."""
+    text = config.get_text_config()
+    declared = getattr(text, "router_aux_loss_coef", 0.0) if hasattr(text, "output_router_logits") else 0.0
+    if coefficient is None and declared:
+        raise ValueError(
+            f"{type(config).__name__} declares router_aux_loss_coef={declared}, and the auxiliary loss of a mixture of "
+            "experts is not supported. Set router_aux_loss_coef=0.0 to train without it."
+        )
 
 
 def check_models(model: PreTrainedModel, ref_model: PreTrainedModel | None, args: FastDPOConfig) -> None:
@@ -81,10 +142,6 @@ def with_adapter(model: PreTrainedModel, peft_config: PeftConfig | None) -> PreT
     if peft_config.is_prompt_learning:
         raise ValueError(f"peft_config={type(peft_config).__name__} adds virtual tokens; use LoRA.")
     return get_peft_model(model, peft_config)
-
-
-def is_quantized(model: PreTrainedModel) -> bool:
-    return bool(getattr(model, "is_quantized", False) or getattr(model, "is_loaded_in_4bit", False))
 
 
 def check_offloading(args: FastDPOConfig) -> None:

@@ -1,8 +1,8 @@
-"""FSDP2: the trainer's model with its parameters sharded over ranks, layer by layer (`fully_shard`, by accelerate).
+"""FSDP2: a model with its parameters sharded over ranks, layer by layer (`fully_shard`, by accelerate).
 
 Three things differ from plain data parallelism:
 - gradients are reduce-scattered in the backward of every micro-batch. dL/dlogp belongs to the mean over all ranks'
-  pairs already, so they are summed (`set_gradient_divide_factor`) where FSDP would average;
+  examples already, so they are summed (`set_gradient_divide_factor`) where FSDP would average;
 - every forward and backward is a collective: ranks with fewer micro-batches run fillers of weight zero, and what
   decides how many there are is agreed on first;
 - a parameter is a DTensor between passes and may be a whole tensor after a pass without backward: what reads or writes
@@ -11,13 +11,13 @@ Three things differ from plain data parallelism:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
@@ -27,15 +27,9 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import Trainer
 
-from fastdpo.training.models.loading import without_dropout
-
-if TYPE_CHECKING:
-    from fastdpo.training.reference.policy import ReferencePolicy
-    from fastdpo.training.rows.batch import TokenBatch
-    from fastdpo.training.rows.choice import LayoutChoice
-    from fastdpo.training.rows.layout import MicroBatch
+from fastdpo.training.models.dropout import without_dropout
+from fastdpo.training.ranks import Ranks
 
 
 def check_plugin(plugin: FullyShardedDataParallelPlugin, model: nn.Module) -> None:
@@ -103,90 +97,77 @@ def _norm(grads: list[Tensor], device: torch.device) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, torch.float32)))
 
 
-class ShardedMixin(Trainer):
-    """Shards the trainer's model, and keeps ranks in step."""
+def use_on_cpus(accelerator: Accelerator, plugin_args: dict[str, Any] | None) -> bool:
+    """Use FSDP on CPUs where it is asked for, as accelerate drops the plugin there; whether it is used now.
 
-    model: Any
-    optimizer: Any
-    is_fsdp_enabled: bool
-    reference: ReferencePolicy
-    layouts: LayoutChoice
-    cut: Callable[..., list[MicroBatch]]
+    plugin_args: of `fsdp_config`, or None where accelerate's own file decides.
+    """
+    state = accelerator.state
+    if state.distributed_type != DistributedType.MULTI_CPU:
+        return False
+    if plugin_args is None and not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return False
+    plugin = FullyShardedDataParallelPlugin(**(plugin_args or {}))
+    if state.mixed_precision != "no":
+        plugin.set_mixed_precision(state.mixed_precision)
+    # Every new AcceleratorState() copies PartialState's
+    PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
+    state.fsdp_plugin = plugin
+    return True
 
-    def create_accelerator_and_postprocess(self) -> None:
-        """As transformers', and where FSDP is asked for on CPUs it is used: accelerate drops the plugin there."""
-        super().create_accelerator_and_postprocess()
-        state = self.accelerator.state
-        if self.is_fsdp_enabled or state.distributed_type != DistributedType.MULTI_CPU:
-            return
-        if self.args.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP"):
-            plugin = FullyShardedDataParallelPlugin(**(self.args.fsdp_plugin_args or {}))
-            if state.mixed_precision != "no":
-                plugin.set_mixed_precision(state.mixed_precision)
-            # Every new AcceleratorState() copies PartialState's
-            PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
-            state.fsdp_plugin = plugin
-            self.is_fsdp_enabled = True
 
-    def check_sharding(self) -> None:
+class Sharding:
+    """Shards a run's models, and keeps its ranks in step; without FSDP neither is done.
+
+    Args:
+        accelerator: of the run.
+        enabled: whether FSDP is on.
+        ranks: of the run.
+    """
+
+    def __init__(self, accelerator: Accelerator, enabled: bool, ranks: Ranks) -> None:
+        self.accelerator, self.enabled, self.ranks = accelerator, enabled, ranks
+
+    def check(self, model: nn.Module) -> None:
         """Refuse what cannot be sharded; before `shard`, and before weights are looked at."""
-        if self.is_deepspeed_enabled:
-            raise ValueError("DeepSpeed is not supported; shard with FSDP2 (fsdp=True), or launch with torchrun.")
-        if self.is_fsdp_enabled:
-            check_plugin(self.accelerator.state.fsdp_plugin, self.model)
+        if self.enabled:
+            check_plugin(self.accelerator.state.fsdp_plugin, model)
 
-    def shard(self) -> None:
-        """Shard model and reference over ranks, once; training and evaluation call it before their first forward."""
-        if not self.is_fsdp_enabled or isinstance(self.model, FSDPModule):
-            return
+    def is_due(self, model: nn.Module) -> bool:
+        """Whether `model` is still to be sharded."""
+        return self.enabled and not isinstance(model, FSDPModule)
+
+    def shard(self, model: nn.Module, optimizer: Any) -> Any:
+        """Shard `model` over ranks, in place; returns its optimizer, whose parameters are the sharded ones."""
         plugin = self.accelerator.state.fsdp_plugin
         if plugin.mixed_precision_policy is not None:
             # accelerate would sum gradients, and round what modules return, in the compute dtype
             plugin.mixed_precision_policy = replace(
                 plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
             )
-        self.create_optimizer()
-        self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
-        self.model_wrapped = self.model
-        for module in self.model.modules():
+        prepared, optimizer = self.accelerator.prepare(model, optimizer)
+        if prepared is not model:
+            raise RuntimeError(
+                f"accelerate prepared a {type(prepared).__name__} beside the model, whose parts hold the model itself."
+            )
+        for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
-        if self.reference.ref_model is not None:
-            plugin.set_auto_wrap_policy(self.reference.ref_model)
-            self.reference.ref_model = fsdp2_prepare_model(self.accelerator, self.reference.ref_model)
-        self.reference.shard()
-        # FSDP settles the dtype of gradients in its first forward, from the parameters that need them then: that may
-        # not be the reference's, whose adapters are off.
-        with torch.no_grad(), without_dropout(self.model):
-            self.model(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=self.args.device), use_cache=False)
+        return optimizer
 
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        self.shard()
-        reshard(self.model)  # accelerate looks for the optimizer's parameters in the model once more
-        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+    def shard_frozen(self, model: nn.Module) -> nn.Module:
+        """A model that is not trained, sharded."""
+        self.accelerator.state.fsdp_plugin.set_auto_wrap_policy(model)
+        return fsdp2_prepare_model(self.accelerator, model)
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', on the sharded model."""
-        self.shard()
-        return super().evaluation_loop(*args, **kwargs)
+    @torch.no_grad()
+    def settle_dtypes(self, model: nn.Module) -> None:
+        """One forward of the policy. FSDP settles the dtype of gradients in its first one, from the parameters that
+        need them then: that may not be the reference's, whose adapters are off."""
+        with without_dropout(model):
+            model(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=self.ranks.device), use_cache=False)
 
     def most(self, count: int) -> int:
         """The largest `count` of any rank where ranks have to keep step (FSDP), else `count`."""
-        if not self.is_fsdp_enabled:
-            return count
-        largest = torch.tensor(count, device=self.args.device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        return int(largest)
-
-    def in_step(self, batch: TokenBatch, micros: Sequence[MicroBatch]) -> Iterator[tuple[MicroBatch, bool]]:
-        """The micro-batches, each True. Where ranks have to keep step, those with fewer than others get fillers, False:
-        they go through the same forwards and backwards and count for nothing."""
-        missing = self.most(len(micros)) - len(micros)
-        for micro in micros:
-            yield micro, True
-        if missing:
-            shortest = min(range(len(batch)), key=lambda i: batch.pairs[i].tokens(self.layouts.layout))
-            (filler,) = self.cut(batch, 1, [shortest])
-            for _ in range(missing):
-                yield filler, False
+        return self.ranks.largest(count) if self.enabled else count

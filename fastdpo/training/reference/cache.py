@@ -1,6 +1,7 @@
-"""Reference log-probs of pairs, computed once: in memory by the digest of a pair's token ids, and in a file.
+"""Reference log-probs of examples, computed once: in memory by the digest of token ids, and in a file.
 
-The file is safetensors: `keys` (n, 16) uint8, ascending, and `logps` (n, 2) float32, chosen and rejected. Its header
+The file is safetensors: `keys` (n, 16) uint8, ascending, and `logps` (n, K) float32, of their
+completions: chosen and rejected, for pairs. Its header
 says which reference, tokenisation and truncation the values belong to (the identity, see
 `training.reference.fingerprint.reference_identity`) and holds a checksum of all of it. Equal content gives equal bytes.
 
@@ -35,32 +36,30 @@ logger = logging.getLogger(__name__)
 REFERENCE_CACHE_FILE = "reference_logps.safetensors"
 #: Raised when the meaning of the file changes; a file of another version is computed again.
 FORMAT_VERSION = 1
-#: Bytes of a pair's key, see `TokenBatch.key`.
+#: Bytes of an example's key, see `TokenBatch.key`.
 KEY_BYTES = 16
 
 # One entry holds everything: safetensors writes several in no fixed order.
 _HEADER = "fastdpo_reference_cache"
-#: Pair key → (chosen, rejected).
-_Entries = dict[bytes, tuple[float, float]]
+#: Key → log-probs of the completions.
+_Entries = dict[bytes, tuple[float, ...]]
 
 
 class Entry(NamedTuple):
-    """One pair's reference log-probs, as ranks exchange them."""
+    """One example's reference log-probs, as ranks exchange them."""
 
     key: bytes
-    chosen: float
-    rejected: float
+    logps: tuple[float, ...]
 
 
 class CachedLogps(NamedTuple):
-    """What the cache knows of B pairs.
+    """What the cache knows of B examples.
 
-    chosen, rejected: (B,) float32 on the host, NaN where missing.
-    missing: positions of the pairs that are still to be computed, ascending.
+    logps: (B, K) float32 on the host, NaN where missing.
+    missing: positions of the examples that are still to be computed, ascending.
     """
 
-    chosen: Tensor
-    rejected: Tensor
+    logps: Tensor
     missing: list[int]
 
 
@@ -69,20 +68,21 @@ class UnusableCacheError(ValueError):
 
 
 class ReferenceCache:
-    """Reference log-probs by pair, for one identity.
+    """Reference log-probs by example, for one identity.
 
     A value that is stored is never replaced, neither by `put` nor by a file: a run sees one value of a pair for good.
 
     Args:
         identity: name → value of everything the log-probs depend on.
+        completions: of an example, K.
 
     Attributes:
-        hits: pairs that `get` has answered.
-        computed: pairs that `put` has added.
+        hits: examples that `get` has answered.
+        computed: examples that `put` has added.
     """
 
-    def __init__(self, identity: Mapping[str, str]) -> None:
-        self.identity = dict(identity)
+    def __init__(self, identity: Mapping[str, str], completions: int = 2) -> None:
+        self.identity, self.completions = dict(identity), completions
         self.hits = 0
         self.computed = 0
         self._entries: _Entries = {}
@@ -96,26 +96,26 @@ class ReferenceCache:
         return key in self._entries
 
     def get(self, keys: Sequence[bytes]) -> CachedLogps:
-        """The log-probs of the pairs with these keys, as far as they are known."""
-        unknown = (math.nan, math.nan)
-        values = torch.tensor([self._entries.get(key, unknown) for key in keys], dtype=torch.float32).reshape(-1, 2)
+        """The log-probs of the examples with these keys, as far as they are known."""
+        unknown = (math.nan,) * self.completions
+        values = torch.tensor([self._entries.get(key, unknown) for key in keys], dtype=torch.float32)
         missing = [i for i, key in enumerate(keys) if key not in self._entries]
         self.hits += len(keys) - len(missing)
-        return CachedLogps(values[:, 0], values[:, 1], missing)
+        return CachedLogps(values.reshape(-1, self.completions), missing)
 
-    def put(self, keys: Sequence[bytes], chosen: Tensor, rejected: Tensor) -> int:
-        """Store the log-probs of pairs, (B,) each, in float32; returns how many pairs were added.
+    def put(self, keys: Sequence[bytes], logps: Tensor) -> int:
+        """Store the log-probs of examples, (B, K), in float32; returns how many examples were added.
 
-        A pair with a value that is not finite is not stored: it stays missing, and the step that computed it says so.
-        Raises ValueError if the shapes differ or a key is not `KEY_BYTES` long.
+        One with a value that is not finite is not stored: it stays missing, and the step that computed it says so.
+        Raises ValueError if the shape does not fit or a key is not `KEY_BYTES` long.
         """
-        if not chosen.shape == rejected.shape == (len(keys),):
+        if logps.shape != (len(keys), self.completions):
             raise ValueError(
-                f"chosen {tuple(chosen.shape)} and rejected {tuple(rejected.shape)} must both be ({len(keys)},), "
-                "one log-prob for each of the keys."
+                f"logps has shape {tuple(logps.shape)}; ({len(keys)}, {self.completions}) is needed, one log-prob for "
+                "each completion of each of the keys."
             )
-        values = torch.stack([chosen.detach(), rejected.detach()]).float().cpu()  # one transfer
-        added = self._add(Entry(key, *pair) for key, pair in zip(keys, zip(*values.tolist(), strict=True), strict=True))
+        rows = logps.detach().float().cpu().tolist()
+        added = self._add(Entry(key, tuple(row)) for key, row in zip(keys, rows, strict=True))
         self._new += [entry.key for entry in added]
         self.computed += len(added)
         return len(added)
@@ -123,10 +123,10 @@ class ReferenceCache:
     def new_entries(self) -> list[Entry]:
         """What `put` has added since the last call, for the other ranks: each `merge`s what all have gathered."""
         new, self._new = self._new, []
-        return [Entry(key, *self._entries[key]) for key in new]
+        return [Entry(key, self._entries[key]) for key in new]
 
     def merge(self, entries: Iterable[Entry]) -> int:
-        """Take over what other ranks have computed; returns how many pairs were added. Raises as `put`."""
+        """Take over what other ranks have computed; returns how many examples were added. Raises as `put`."""
         return len(self._add(entries))
 
     def _add(self, entries: Iterable[Entry]) -> list[Entry]:
@@ -134,18 +134,18 @@ class ReferenceCache:
         for entry in entries:
             if len(entry.key) != KEY_BYTES:
                 raise ValueError(f"keys: one has {len(entry.key)} bytes; {KEY_BYTES} are needed, see TokenBatch.key.")
-            if entry.key not in self._entries and math.isfinite(entry.chosen) and math.isfinite(entry.rejected):
-                self._entries[entry.key] = (entry.chosen, entry.rejected)
+            if entry.key not in self._entries and all(map(math.isfinite, entry.logps)):
+                self._entries[entry.key] = entry.logps
                 added.append(entry)
         return added
 
     def load(self, path: str | Path) -> int:
-        """Take over what the file at `path` holds; returns how many pairs were added.
+        """Take over what the file at `path` holds; returns how many examples were added.
 
         A missing file adds nothing. Nor does one that must not be used, which is reported once as a warning. Raises
         OSError if there is a file and it cannot be read.
         """
-        return self.merge(Entry(key, *pair) for key, pair in self._usable(Path(path)).items())
+        return self.merge(Entry(key, logps) for key, logps in self._usable(Path(path)).items())
 
     def save(self, path: str | Path) -> None:
         """Write everything to `path`, together with what a file of the same identity holds there already.
@@ -163,7 +163,7 @@ class ReferenceCache:
                 return
             try:
                 with aside.open("wb") as file:
-                    file.write(_encode(stored | self._entries, self.identity))
+                    file.write(_encode(stored | self._entries, self.identity, self.completions))
                     file.flush()
                     os.fsync(file.fileno())
                 aside.replace(path)
@@ -177,7 +177,7 @@ class ReferenceCache:
         except FileNotFoundError:
             return {}
         try:
-            return _decode(content, self.identity)
+            return _decode(content, self.identity, self.completions)
         except UnusableCacheError as error:
             message = f"{path} is not used, and its reference log-probs are computed again: {error}."
             if message not in self._reported:
@@ -186,16 +186,16 @@ class ReferenceCache:
             return {}
 
 
-def _encode(entries: _Entries, identity: Mapping[str, str]) -> bytes:
+def _encode(entries: _Entries, identity: Mapping[str, str], completions: int) -> bytes:
     ordered = sorted(entries)
     keys = np.frombuffer(b"".join(ordered), np.uint8).reshape(-1, KEY_BYTES)
-    logps = np.array([entries[key] for key in ordered], np.float32).reshape(-1, 2)
+    logps = np.array([entries[key] for key in ordered], np.float32).reshape(-1, completions)
     header = {"version": FORMAT_VERSION, "identity": dict(identity)}
     header["checksum"] = _checksum(header, keys.tobytes(), logps.tobytes())
     return to_safetensors({"keys": keys, "logps": logps}, metadata={_HEADER: json.dumps(header)})
 
 
-def _decode(content: bytes, identity: Mapping[str, str]) -> _Entries:
+def _decode(content: bytes, identity: Mapping[str, str], completions: int) -> _Entries:
     """The entries in a file's bytes. Raises UnusableCacheError."""
     try:
         tensors = dict(safetensors.deserialize(content))
@@ -220,14 +220,14 @@ def _decode(content: bytes, identity: Mapping[str, str]) -> _Entries:
         raise UnusableCacheError(f"it belongs to another reference or tokenisation: {differences}")
     count = len(keys.get("data", b"")) // KEY_BYTES
     layout = [(each.get("dtype"), each.get("shape")) for each in (keys, logps)]
-    if layout != [("U8", [count, KEY_BYTES]), ("F32", [count, 2])]:
+    if layout != [("U8", [count, KEY_BYTES]), ("F32", [count, completions])]:
         raise UnusableCacheError(f"keys and logps have dtypes and shapes {layout}, so it is corrupted")
-    values = np.frombuffer(logps["data"], "<f4").reshape(-1, 2)
+    values = np.frombuffer(logps["data"], "<f4").reshape(-1, completions)
     if not np.isfinite(values).all():
         raise UnusableCacheError("it holds values that are not finite, so it is corrupted")
     joined = bytes(keys["data"])
     split = (joined[start : start + KEY_BYTES] for start in range(0, len(joined), KEY_BYTES))
-    return {key: (pair[0], pair[1]) for key, pair in zip(split, values.tolist(), strict=True)}
+    return {key: tuple(row) for key, row in zip(split, values.tolist(), strict=True)}
 
 
 def _checksum(header: Mapping[str, object], keys: bytes, logps: bytes) -> str:

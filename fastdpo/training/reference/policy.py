@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from fastdpo.training.models.sharded import local, reshard
+from fastdpo.training.models.sharded import Sharding, local, reshard
+from fastdpo.training.ranks import Ranks
 from fastdpo.training.reference.fingerprint import state_digest
 
 
@@ -41,6 +41,11 @@ class ReferencePolicy:
             model if ref_model is None else ref_model, adapters=self.kind != "adapters off"
         )
 
+    def tensors(self) -> list[Tensor]:
+        """What the reference holds beside the policy's own."""
+        own = [] if self.ref_model is None else [*self.ref_model.parameters(), *self.ref_model.buffers()]
+        return [*own, *(self._start or {}).values()]
+
     @property
     def kind(self) -> str:
         """ "ref_model", "adapters off" or "weights at the start"."""
@@ -55,14 +60,15 @@ class ReferencePolicy:
         """
         return self._fingerprint
 
-    def agree_on_fingerprint(self) -> None:
+    def agree_on_fingerprint(self, ranks: Ranks) -> None:
         """Take rank 0's: with FSDP, other ranks may get their weights only when these are sharded."""
-        found = [self._fingerprint]
-        dist.broadcast_object_list(found)
-        self._fingerprint = found[0]
+        self._fingerprint = ranks.of_first(self._fingerprint)
 
-    def shard(self) -> None:
-        """Follow a model whose parameters were just sharded: of its values at the start, keep this rank's part."""
+    def shard(self, sharding: Sharding) -> None:
+        """Follow a model whose parameters were just sharded: of its values at the start, keep this rank's part; a
+        model of its own is sharded as well."""
+        if self.ref_model is not None:
+            self.ref_model = sharding.shard_frozen(self.ref_model)
         if self._start is None:
             return
         for name, p in self.model.named_parameters():

@@ -26,11 +26,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface
 
+from fastdpo.training.models.unwrapped import base_model
 from fastdpo.training.rows.transfer import to_device
 
 #: The name in transformers' table of attention functions.
@@ -286,11 +286,6 @@ def mask_argument(model: nn.Module, segments: Segments) -> Tensor | dict[str, Te
     if len(kinds) > 1:
         return {kind: mask(window if kind == "sliding_attention" else None) for kind in kinds}
     return mask(None if kinds == {"full_attention"} else window)
-
-
-def base_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model, below an adapter if there is one."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 @contextmanager

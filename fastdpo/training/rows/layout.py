@@ -1,15 +1,15 @@
-"""How pairs of token ids lie in the rows of a micro-batch.
+"""How examples of token ids lie in the rows of a micro-batch. An example is a prompt with K completions: 2 for a pair.
 
     plain                 one right-padded row per completion:    prompt | chosen         prompt | rejected
-    prefix sharing        one row per pair:                       prompt | chosen | rejected
-    packing               one row of several pairs, up to the micro-batch's budget of tokens
+    prefix sharing        one row per example:                    prompt | chosen | rejected
+    packing               one row of several examples, up to the micro-batch's budget of tokens
 
-With prefix sharing the prompt is computed once for both completions, and so is what these have in common at their
+With prefix sharing the prompt is computed once for all completions, and so is what these have in common at their
 beginning; positions restart behind it (Accelerating DPO with Prefix Sharing, arXiv 2410.20305). No token is repeated:
-log-probs are gathered by row index, and both first tokens that differ are scored from the same hidden state. The last
+log-probs are gathered by row index, and the first tokens that differ are scored from the same hidden state. The last
 token of a completion predicts nothing, so shared and packed rows leave it out.
 
-Packing is first-fit decreasing: pairs by length, longest first, each into the first row with room.
+Packing is first-fit decreasing: examples by length, longest first, each into the first row with room.
 """
 
 from __future__ import annotations
@@ -57,18 +57,19 @@ PLAIN = Layout()
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """P pairs in R rows of T tokens.
+    """P examples of K completions each, in R rows of T tokens.
 
-    members: positions of the pairs in their batch.
+    members: positions of the examples in their batch.
     indices: (P,) the same as a tensor.
     input_ids: (R, T).
     position_ids: (R, T), or None where a row is one sequence.
     segments: who attends to whom, or None where causality says it all.
     masked: attention is told so by a dense mask.
-    score_rows: (N,) flat positions in R·T whose hidden state predicts a completion token; chosen completions first.
+    score_rows: (N,) flat positions in R·T whose hidden state predicts a completion token; all examples' first
+        completions first, then all second ones: of a pair, chosen and rejected.
     targets: (N,) those tokens.
-    completion_mask: (2P, C) True where a completion has a token, chosen first; its True entries are the N in order.
-    token_index: (N,) flat positions of these entries in 2P·C.
+    completion_mask: (K·P, C) True where a completion has a token, in the same order; its True entries are the N.
+    token_index: (N,) flat positions of these entries in K·P·C.
     """
 
     members: tuple[int, ...]
@@ -85,66 +86,71 @@ class MicroBatch:
     def __len__(self) -> int:
         return len(self.members)
 
+    def by_example(self, values: Tensor) -> Tensor:
+        """(..., K·P) values of completions, in the order of `completion_mask` → (..., K, P)."""
+        return values.unflatten(-1, (-1, len(self)))
+
 
 @dataclass(frozen=True)
-class PairIds:
-    """Token ids of one pair, each (tokens,) int64 on the host."""
+class Example:
+    """Token ids of a prompt and of its K completions, each (tokens,) int64 on the host."""
 
     prompt: Tensor
-    chosen: Tensor
-    rejected: Tensor
+    completions: tuple[Tensor, ...]
 
     def shared_length(self) -> int:
-        """Tokens at the beginning of both sequences that are the same and are read: the prompt at least."""
-        length = min(len(self.chosen), len(self.rejected)) - 1
-        differ = torch.nonzero(self.chosen[:length] != self.rejected[:length])
-        return len(self.prompt) + (int(differ[0]) if len(differ) else length)
+        """Tokens at the beginning of all sequences that are the same and are read: the prompt at least."""
+        first, *others = self.completions
+        length = min(map(len, self.completions)) - 1
+        for other in others:
+            differ = torch.nonzero(first[:length] != other[:length])
+            length = int(differ[0]) if len(differ) else length
+        return len(self.prompt) + length
 
     def tokens(self, layout: Layout) -> int:
-        """Tokens that the pair takes in its row or rows, padding between its two rows included."""
-        chosen, rejected = (len(self.prompt) + len(ids) for ids in (self.chosen, self.rejected))
+        """Tokens that the example takes in its row or rows, padding between its rows included."""
+        lengths = [len(self.prompt) + len(ids) for ids in self.completions]
         if layout.plain:
-            return 2 * max(chosen, rejected)
-        return chosen + rejected - 2 - (self.shared_length() if layout.sharing else 0)
+            return len(lengths) * max(lengths)
+        repeats = len(lengths) - 1
+        return sum(lengths) - len(lengths) - (repeats * self.shared_length() if layout.sharing and repeats else 0)
 
 
 @dataclass(frozen=True)
 class _Placed:
-    """One pair in a row: ids, positions (T,), segments, rows that predict chosen (b,) and rejected (c,) tokens."""
+    """One example in a row: ids, positions (T,), segments, and per completion the rows that predict its tokens."""
 
     ids: Tensor
     positions: Tensor
     segments: tuple[Segment, ...]
-    chosen_rows: Tensor
-    rejected_rows: Tensor
+    score_rows: tuple[Tensor, ...]
 
 
-def _place(pair: PairIds, sharing: bool, start: int) -> _Placed:
-    """`pair` from the flat position `start` on."""
-    chosen, rejected = (torch.cat([pair.prompt, ids[:-1]]) for ids in (pair.chosen, pair.rejected))
-    shared = pair.shared_length() if sharing else 0
-    middle = start + len(chosen)
-    first = len(pair.prompt) - 1
-    chosen_rows = torch.arange(first, first + len(pair.chosen))
-    rejected_rows = torch.arange(first, first + len(pair.rejected))
-    return _Placed(
-        ids=torch.cat([chosen, rejected[shared:]]),
-        positions=torch.cat([torch.arange(len(chosen)), torch.arange(shared, len(rejected))]),
-        segments=(
-            Segment(start, middle),
-            Segment(middle, middle + len(rejected) - shared, start if shared else 0, start + shared if shared else 0),
-        ),
-        chosen_rows=start + chosen_rows,
-        rejected_rows=torch.where(rejected_rows < shared, start + rejected_rows, middle - shared + rejected_rows),
-    )
+def _place(example: Example, sharing: bool, start: int) -> _Placed:
+    """`example` from the flat position `start` on: its first sequence whole, of the others what is not shared."""
+    sequences = [torch.cat([example.prompt, ids[:-1]]) for ids in example.completions]
+    shared = example.shared_length() if sharing and len(sequences) > 1 else 0
+    prefix = (start, start + shared) if shared else (0, 0)
+    first = len(example.prompt) - 1
+    ids, positions, segments, score_rows = [], [], [], []
+    at = start
+    for index, (sequence, completion) in enumerate(zip(sequences, example.completions, strict=True)):
+        seen = shared if index else 0  # tokens that stand in the row already
+        ids.append(sequence[seen:])
+        positions.append(torch.arange(seen, len(sequence)))
+        segments.append(Segment(at, at + len(sequence) - seen, *(prefix if index else ())))
+        rows = torch.arange(first, first + len(completion))
+        score_rows.append(torch.where(rows < seen, start + rows, at - seen + rows))
+        at += len(sequence) - seen
+    return _Placed(torch.cat(ids), torch.cat(positions), tuple(segments), tuple(score_rows))
 
 
-def cut(pairs: Sequence[PairIds], order: Sequence[int], layout: Layout, budget: int) -> list[list[int]]:
-    """Groups of the pairs at `order`, each of at most `budget` tokens in its rows, padding included, longest first.
+def cut(examples: Sequence[Example], order: Sequence[int], layout: Layout, budget: int) -> list[list[int]]:
+    """Groups of the examples at `order`, each of at most `budget` tokens in its rows, padding included, longest first.
 
-    A pair longer than the budget forms a group of its own.
+    One that is longer than the budget forms a group of its own.
     """
-    tokens = {index: pairs[index].tokens(layout) for index in order}
+    tokens = {index: examples[index].tokens(layout) for index in order}
     order = sorted(order, key=tokens.__getitem__, reverse=True)
     groups: list[list[int]] = []
     if layout.packing:
@@ -166,10 +172,10 @@ def cut(pairs: Sequence[PairIds], order: Sequence[int], layout: Layout, budget: 
     return groups
 
 
-def lay_out(pairs: Sequence[PairIds], group: Sequence[int], layout: Layout) -> MicroBatch:
-    """The pairs at `group` as a micro-batch on the host; `moved` brings it to a device."""
-    members = [pairs[index] for index in group]
-    completions = [pair.chosen for pair in members] + [pair.rejected for pair in members]
+def lay_out(examples: Sequence[Example], group: Sequence[int], layout: Layout) -> MicroBatch:
+    """The examples at `group` as a micro-batch on the host; `moved` brings it to a device."""
+    members = [examples[index] for index in group]
+    completions = [ids for column in zip(*(each.completions for each in members), strict=True) for ids in column]
     rows = _plain_rows(members) if layout.plain else _segmented_rows(members, layout)
     lengths = torch.tensor([len(ids) for ids in completions])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
@@ -219,8 +225,9 @@ def _stack(rows: Sequence[Tensor], width: int) -> Tensor:
     return torch.stack([F.pad(row, (0, width - len(row)), value=FILLER_ID) for row in rows])
 
 
-def _plain_rows(members: Sequence[PairIds]) -> _Rows:
-    parts = [(pair.prompt, pair.chosen) for pair in members] + [(pair.prompt, pair.rejected) for pair in members]
+def _plain_rows(members: Sequence[Example]) -> _Rows:
+    columns = zip(*(each.completions for each in members), strict=True)
+    parts = [(each.prompt, ids) for column in columns for each, ids in zip(members, column, strict=True)]
     width = max(len(prompt) + len(completion) for prompt, completion in parts)
     score_rows = [
         torch.arange(len(completion)) + row * width + len(prompt) - 1 for row, (prompt, completion) in enumerate(parts)
@@ -228,11 +235,11 @@ def _plain_rows(members: Sequence[PairIds]) -> _Rows:
     return _Rows(_stack([torch.cat(part) for part in parts], width), None, None, score_rows)
 
 
-def _segmented_rows(members: Sequence[PairIds], layout: Layout) -> _Rows:
-    tokens = [pair.tokens(layout) for pair in members]
+def _segmented_rows(members: Sequence[Example], layout: Layout) -> _Rows:
+    tokens = [each.tokens(layout) for each in members]
     width = sum(tokens) if layout.packing else max(tokens)
     starts = [sum(tokens[:i]) if layout.packing else i * width for i in range(len(members))]
-    placed = [_place(pair, layout.sharing, start) for pair, start in zip(members, starts, strict=True)]
+    placed = [_place(each, layout.sharing, start) for each, start in zip(members, starts, strict=True)]
     ids, positions = ([getattr(each, name) for each in placed] for name in ("ids", "positions"))
     if layout.packing:
         ids, positions = [torch.cat(ids)], [torch.cat(positions)]
@@ -240,5 +247,5 @@ def _segmented_rows(members: Sequence[PairIds], layout: Layout) -> _Rows:
         _stack(ids, width),
         _stack(positions, width),
         Segments.build(len(ids), width, [item for each in placed for item in each.segments]),
-        [each.chosen_rows for each in placed] + [each.rejected_rows for each in placed],
+        [rows for column in zip(*(each.score_rows for each in placed), strict=True) for rows in column],
     )

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel, TrainerState
 
-from fastdpo.training.runs.curves import plot_curves
+from fastdpo.training.options.config import FastDPOConfig
 from fastdpo.version import __version__
-
-if TYPE_CHECKING:
-    from fastdpo.training.trainer import FastDPOTrainer
 
 METRICS_FILE, CURVES_FILE, OPTIONS_FILE, CARD_FILE = "metrics.json", "curves.png", "run.yaml", "README.md"
 
@@ -38,41 +38,44 @@ All logged metrics are in `metrics.json`, all options in `run.yaml`.
 
 ## Sources
 
-DPO: [2305.18290](https://arxiv.org/abs/2305.18290){{ sources }}
+{{ sources }}
 """
 
 
-def save_run(trainer: FastDPOTrainer, results: dict[str, Any], options: dict[str, Any] | None = None) -> list[Path]:
-    """Write what a finished run leaves besides its weights, which the caller has saved, and push all if asked to.
+@dataclass(frozen=True)
+class Facts:
+    """What a model card says of the objective.
 
-    results: final figures, stored in metrics.json beside the log. options: further options for run.yaml.
-    Returns the files written; none on other processes than the main one.
+    method: its name. settings: those that matter, by name. tags: on the hub. sources: papers as (name, arXiv id).
     """
-    written: list[Path] = []
-    trainer.results = results
-    if trainer.is_world_process_zero():
-        folder = Path(trainer.args.output_dir)
-        history = trainer.state.log_history
-        metrics = {"fastdpo": __version__, "results": results, "log": history}
-        (folder / METRICS_FILE).write_text(json.dumps(metrics, indent=1, default=float), encoding="utf-8")
-        options = {**(options or {}), **training_options(trainer)}
-        (folder / OPTIONS_FILE).write_text(
-            yaml.safe_dump(options, sort_keys=False, allow_unicode=True), encoding="utf-8"
-        )
-        trainer.create_model_card()
-        written = [folder / name for name in (METRICS_FILE, OPTIONS_FILE, CARD_FILE)]
-        if plot_curves(history, folder / CURVES_FILE):
-            written.append(folder / CURVES_FILE)
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub(commit_message="End of training")
-    return written
+
+    method: str
+    settings: Mapping[str, Any]
+    tags: Sequence[str] = ("fastdpo",)
+    sources: Sequence[tuple[str, str]] = ()
 
 
-def training_options(trainer: FastDPOTrainer) -> dict[str, Any]:
-    """Every training option that differs from its default, in plain types, so that the file can be given to `train`."""
+def write_metrics(folder: Path, history: list[dict[str, Any]], results: dict[str, Any]) -> Path:
+    """metrics.json: the trainer's log, and the final figures beside it."""
+    metrics = {"fastdpo": __version__, "results": results, "log": history}
+    path = folder / METRICS_FILE
+    path.write_text(json.dumps(metrics, indent=1, default=float), encoding="utf-8")
+    return path
+
+
+def write_options(folder: Path, config: FastDPOConfig, others: dict[str, Any]) -> Path:
+    """run.yaml: `others` and the training options, so that the file can be given to `fastdpo train`."""
+    path = folder / OPTIONS_FILE
+    options = {**others, **training_options(config)}
+    path.write_text(yaml.safe_dump(options, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return path
+
+
+def training_options(config: FastDPOConfig) -> dict[str, Any]:
+    """Every training option that differs from its default, in plain types."""
     options = {}
-    values = trainer.config.to_dict()
-    for field in dataclasses.fields(trainer.config):
+    values = config.to_dict()
+    for field in dataclasses.fields(config):
         default = field.default_factory() if callable(field.default_factory) else field.default
         value = values.get(field.name)
         plain = not field.name.endswith("_token") and field.name not in _DERIVED
@@ -99,26 +102,29 @@ def _is_plain(value: Any) -> bool:
 
 
 def write_card(
-    trainer: FastDPOTrainer,
-    results: dict[str, Any],
     path: Path,
-    model_name: str | None = None,
+    model: PreTrainedModel,
+    args: FastDPOConfig,
+    state: TrainerState,
+    facts: Facts,
+    results: dict[str, Any],
+    name: str | None = None,
     tags: str | list[str] | None = None,
 ) -> None:
-    """A model card with the settings that matter and the evaluation's figures."""
-    args, model = trainer.args, trainer.model
+    """A model card with the settings that matter and the evaluation's figures, of `results`.
+
+    name: of the model, by default the folder's. tags: beside the facts' own.
+    """
     base = str(model.config._name_or_path) or type(model).__name__
     local = Path(base).exists() or base == type(model).__name__
-    method = "β-DPO" if args.dynamic_beta else "DPO"
     adapter = hasattr(model, "peft_config")
     figures = {name: value for name, value in results.items() if isinstance(value, (int, float))}
-    name = model_name or Path(args.output_dir).name
-    own = {"fastdpo", "dpo", *(["beta-dpo"] if args.dynamic_beta else [])}
+    name = name or Path(args.output_dir).name
     data = ModelCardData(
         base_model=None if local else base,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=sorted(own | set([tags] if isinstance(tags, str) else tags or [])),
+        tags=sorted({*facts.tags, *([tags] if isinstance(tags, str) else tags or [])}),
         model_name=name,
         eval_results=[
             EvalResult("text-generation", "preference", "evaluation pairs", metric.replace("eval_", "", 1), value)
@@ -127,13 +133,10 @@ def write_card(
         ]
         or None,
     )
-    dynamic = f"α = {args.beta_alpha}, momentum {args.beta_momentum}, keep {args.keep_ratio}, {args.beta_variant}"
     settings = {
-        "loss": ", ".join(args.loss_type),
-        "β0": args.beta,
-        "dynamic β": dynamic if args.dynamic_beta else "off",
+        **facts.settings,
         "pairs per step": args.per_device_train_batch_size * args.world_size,
-        "steps": trainer.state.global_step,
+        "steps": state.global_step,
         "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}",
         "seed": args.seed,
     }
@@ -141,12 +144,12 @@ def write_card(
         data,
         template_str=_CARD,
         adapter_or_model="An adapter" if adapter else "A fine-tuned version",
-        method=method,
+        method=facts.method,
         version=__version__,
         settings="\n".join(f"| {key} | {value} |" for key, value in settings.items()),
         evaluation="\n".join(f"- {key}: {value:.4g}" for key, value in figures.items())
         or "No evaluation set was given.",
-        sources=", β-DPO: [2407.08639](https://arxiv.org/abs/2407.08639)" if args.dynamic_beta else "",
+        sources=", ".join(f"{paper}: [{arxiv}](https://arxiv.org/abs/{arxiv})" for paper, arxiv in facts.sources),
         title=name,
         base=Path(base).name if local else f"[{base}](https://huggingface.co/{base})",
     )

@@ -1,22 +1,20 @@
-"""Callbacks: stop signals, the committing of statistics, and the progress bar."""
+"""Callbacks of a run: stop signals, what follows the optimizer's step and precedes the first one, the progress bar."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ProgressCallback
 
 from fastdpo.training.options.config import FastDPOConfig
+from fastdpo.training.ranks import Ranks
 
 if TYPE_CHECKING:
     from types import FrameType
-
-    from fastdpo.training.trainer import FastDPOTrainer
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -37,10 +35,11 @@ class TrainingInterrupted(SystemExit):
 class StopSignals(TrainerCallback):
     """SIGTERM and SIGINT end training after the step in flight, with a checkpoint. A second signal acts at once.
 
-    Ranks agree on the step to stop at: any rank's signal stops all of them.
+    `ranks` agree on the step to stop at: any rank's signal stops all of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -60,16 +59,13 @@ class StopSignals(TrainerCallback):
         self.received = number
         self.restore()
 
-    def agreed(self, args: FastDPOConfig) -> int | None:
+    def agreed(self) -> int | None:
         """The signal that any rank has received; every rank calls this at the same place."""
-        if args.world_size > 1:
-            flag = torch.tensor(self.received or 0, device=args.device)
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            self.received = int(flag) or None
+        self.received = self.ranks.largest(self.received or 0) or None
         return self.received
 
-    def _stop_if_received(self, args: FastDPOConfig, control: TrainerControl) -> TrainerControl:
-        if self.agreed(args) is not None:
+    def _stop_if_received(self, control: TrainerControl) -> TrainerControl:
+        if self.agreed() is not None:
             control.should_training_stop = True
             control.should_save = True
             control.should_evaluate = False  # whoever stops a run may not wait for an evaluation
@@ -78,39 +74,39 @@ class StopSignals(TrainerCallback):
     def on_step_end(
         self, args: FastDPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        return self._stop_if_received(args, control)
+        return self._stop_if_received(control)
 
     def on_epoch_end(
         self, args: FastDPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        return self._stop_if_received(args, control)
+        return self._stop_if_received(control)
 
     def on_evaluate(
         self, args: FastDPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        return self._stop_if_received(args, control)
+        return self._stop_if_received(control)
 
 
 class CommitStatistics(TrainerCallback):
-    """Commits the plan's running statistics once the optimizer has really stepped."""
+    """Calls `commit` once the optimizer has stepped: what a plan has learnt of its batch counts from then on."""
 
-    def __init__(self, trainer: FastDPOTrainer) -> None:
-        self.trainer = trainer
+    def __init__(self, commit: Callable[[], None]) -> None:
+        self.commit = commit
 
     def on_optimizer_step(
         self, args: FastDPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.trainer.commit_plan()
+        self.commit()
 
 
 class PrecomputeReference(TrainerCallback):
-    """Computes reference log-probs ahead of training, once the model is in place and a checkpoint is loaded."""
+    """Calls `fill` ahead of training, once the model is in place and a checkpoint is loaded."""
 
-    def __init__(self, trainer: FastDPOTrainer) -> None:
-        self.trainer = trainer
+    def __init__(self, fill: Callable[[], None]) -> None:
+        self.fill = fill
 
     def on_train_begin(self, args: FastDPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.trainer.precompute_reference()
+        self.fill()
 
 
 class PreferenceProgress(ProgressCallback):

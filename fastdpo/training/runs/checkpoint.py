@@ -17,6 +17,9 @@ from typing import Any
 from fastdpo.version import __version__
 
 MANIFEST = "fastdpo_checkpoint.json"
+#: Of a checkpoint's files. Raised by a change that cannot read older ones, which are then refused by this number; one
+#: without a number is of format 1.
+FORMAT = 1
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 _STAGING = re.compile(r"^_checkpoint-(\d+)\.(incomplete|replaced)$")  # uploads to the hub leave out _*
 #: Files by which a finished run is recognised in its output folder.
@@ -35,7 +38,7 @@ def staging_folder(run_dir: str | Path, step: int) -> Path:
 def publish(staging: Path, final: Path, state: dict[str, Any]) -> None:
     """Close `staging` with a manifest holding `state`, flush it, and give it its name, replacing an older `final`."""
     files = {str(p.relative_to(staging)): p.stat().st_size for p in sorted(staging.rglob("*")) if p.is_file()}
-    manifest = {"fastdpo": __version__, **state, "files": files}
+    manifest = {"fastdpo": __version__, "format": FORMAT, **state, "files": files}
     (staging / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in staging.rglob("*"):
         flush(path)
@@ -75,6 +78,11 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{folder / MANIFEST} is not readable: {error}. {advice}") from error
+    if (found_format := manifest.get("format", 1)) != FORMAT:
+        raise CheckpointError(
+            f"{folder} has checkpoint format {found_format}, saved by fastdpo {manifest.get('fastdpo', 'unknown')}; "
+            f"fastdpo {__version__} reads format {FORMAT}. Continue with the version that saved it, or start anew."
+        )
     for name, size in manifest["files"].items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != size:

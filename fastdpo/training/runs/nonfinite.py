@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
-import torch.distributed as dist
+from torch import Tensor
 
 from fastdpo.training.options.config import FastDPOConfig
+from fastdpo.training.ranks import Ranks
 from fastdpo.training.runs.checkpoint import checkpoints
-from fastdpo.training.scoring.scorer import PairScores
 
 NONFINITE_FILE = "nonfinite_batch.json"
 
@@ -20,20 +21,23 @@ class NonFiniteLossError(FloatingPointError):
 
 
 def stop_on_nonfinite(
-    args: FastDPOConfig, step: int, loss: float, grad_norm: float, scores: PairScores, example_ids: list[str]
+    args: FastDPOConfig,
+    ranks: Ranks,
+    step: int,
+    loss: float,
+    grad_norm: float,
+    scores: Mapping[str, Tensor],
+    example_ids: list[str],
 ) -> NoReturn:
-    """Save example ids and scores of the global batch (`scores`: all ranks', `example_ids`: this rank's) and raise."""
-    ids = [example_ids]
-    if args.world_size > 1:
-        ids = [[] for _ in range(args.world_size)]
-        dist.all_gather_object(ids, example_ids)
+    """Save example ids and scores of the global batch (`scores`: all ranks', by name; `example_ids`: this rank's) and
+    raise NonFiniteLossError."""
     path = Path(args.output_dir) / NONFINITE_FILE
     report = {
         "step": step,
         "loss": repr(loss),
         "grad_norm": repr(grad_norm),
-        "example_ids": [example for rank in ids for example in rank],
-        "scores": {name: [repr(value) for value in values.tolist()] for name, values in vars(scores).items()},
+        "example_ids": [example for rank in ranks.gathered_objects(example_ids) for example in rank],
+        "scores": {name: [repr(value) for value in values.tolist()] for name, values in scores.items()},
     }
     if args.should_save:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -21,13 +21,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.hooks import AlignDevicesHook
-from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from fastdpo.training.models.loading import without_dropout
+from fastdpo.training.models.dropout import without_dropout
+from fastdpo.training.models.unwrapped import model_class
 
 logger = logging.getLogger(__name__)
 
@@ -239,8 +239,3 @@ def check_calls(model: PreTrainedModel, calls: int, logits: Tensor, shape: tuple
             f"{model_class(model)} did not call its output embedding once on the hidden states "
             f"(calls seen: {calls}, logits of shape {tuple(logits.shape)}); such a model cannot be scored."
         )
-
-
-def model_class(model: nn.Module) -> str:
-    """The class of a model, or of the model that an adapter is on."""
-    return type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__

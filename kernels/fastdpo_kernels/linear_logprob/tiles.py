@@ -4,9 +4,10 @@ A tile is chosen by the card's capability and by what the epilogue must hold bes
     plain      16-bit operands, the logits taken as they are or scaled
     adjusted   16-bit operands with a bias or a softcap, whose tanh is kept too: half as wide
     tf32       float32 operands, which a caller has allowed to be rounded to TF32
-Every entry compiles without a spill, and leaves room for the stated CTAs per SM (tests/test_head_gemm_compile.py). None
-was ever timed on a card. `FASTDPO_TUNE_HEAD=1` times the candidates on the first product of each variant, prints the
-line that belongs into TILES, and takes it for the rest of the process: runs are bitwise equal only with the same tiles.
+Every entry compiles without a spill, and leaves room for the stated CTAs per SM
+(tests/device_kernels/test_head_gemm_compile.py). None was ever timed on a card. `FASTDPO_TUNE_HEAD=1`
+times the candidates on the first product of each variant, prints the line that belongs into TILES, and takes it for the
+rest of the process: runs are bitwise equal only with the same tiles.
 """
 
 from __future__ import annotations

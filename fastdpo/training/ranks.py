@@ -1,0 +1,61 @@
+"""The processes that a run is spread over, and what they agree on.
+
+Every method is a collective: all ranks call it at the same place. A single process answers for itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """index: of this process. count: of all. device: where this one's tensors are."""
+
+    index: int
+    count: int
+    device: torch.device
+
+    def largest(self, value: int) -> int:
+        """The largest of the ranks' values, so that all of them decide alike."""
+        if self.count == 1:
+            return value
+        held = torch.tensor(value, device=self.device)
+        dist.all_reduce(held, op=dist.ReduceOp.MAX)
+        return int(held)
+
+    def gathered(self, rows: Tensor) -> Tensor:
+        """Every rank's (B, ...) in one (ranks·B, ...), in their order."""
+        if self.count == 1:
+            return rows
+        parts = [torch.empty_like(rows) for _ in range(self.count)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    def gathered_objects(self, value: T) -> list[T]:
+        """Every rank's value, in their order; pickled on the way."""
+        if self.count == 1:
+            return [value]
+        found: list[Any] = [None] * self.count
+        dist.all_gather_object(found, value)
+        return found
+
+    def of_first(self, value: T) -> T:
+        """The first rank's value."""
+        if self.count == 1:
+            return value
+        found: list[Any] = [value]
+        dist.broadcast_object_list(found)
+        return found[0]
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.count > 1:
+            dist.barrier()
