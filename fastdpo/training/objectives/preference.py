@@ -8,8 +8,7 @@ micro-batch alone, the mean is still the global batch's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -18,9 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo.data import PreferenceCollator, TokenizationReport, tokenize_preferences
-from fastdpo.formulas.losses import F_DIVERGENCES, LOSSES
-from fastdpo.formulas.oracle import BetaPlan, PreferenceOutput, completion_weights, preference_gap
-from fastdpo.loss.preference import preference_loss
+from fastdpo.formulas import LOSSES, PARAMETERS, BetaPlan, LossOptions, PreferenceOutput
+from fastdpo.formulas.oracle import completion_weights, preference_gap
+from fastdpo.loss import preference_loss
 from fastdpo.training.objectives.objective import Objective
 from fastdpo.training.options.config import FastDPOConfig
 from fastdpo.training.rows.layout import MicroBatch
@@ -31,9 +30,9 @@ from fastdpo.training.scoring.scores import Scores
 DYNAMIC_BETA_FILE = "dynamic_beta.safetensors"
 #: Options of the losses and of β that a resumed run cannot change.
 _FIXED_OPTIONS = (
-    "beta", "loss_type", "loss_weights", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef",
-    "discopop_tau", "simpo_gamma", "cpo_alpha", "ld_alpha", "use_weighting", "dynamic_beta", "beta_alpha",
-    "beta_momentum", "keep_ratio", "min_beta", "beta_scope", "beta_variant",
+    "beta", "loss_type", "loss_weights", "label_smoothing", "f_divergence_type", *PARAMETERS, "ld_alpha",
+    "use_weighting", "dynamic_beta", "beta_alpha", "beta_momentum", "keep_ratio", "min_beta", "beta_scope",
+    "beta_variant",
 )  # fmt: skip
 
 
@@ -98,14 +97,16 @@ class PreferenceObjective(Objective):
 
     def __init__(self, args: FastDPOConfig) -> None:
         self.args = args
-        losses = [LOSSES[name] for name in args.loss_type]
+        self.options = args.loss_options()
+        losses = [term.loss for term in self.options.terms]
         self.dynamic_beta = args.make_dynamic_beta().to(args.device) if args.dynamic_beta else None
         self.needs_reference = any(loss.needs_reference for loss in losses)
         self.couples_batch = args.dynamic_beta or any(loss.sorts_batch for loss in losses)
         self.statistics = ("log_sum_sq_probs",) if args.use_weighting else ()
-        #: The losses by what their mean is over: pairs, or the tokens of chosen completions.
-        self._per_token = [loss.name for loss in losses if loss.couples_batch and not loss.sorts_batch]
-        self._per_pair = [loss.name for loss in losses if loss.name not in self._per_token]
+        per_token = {loss.name for loss in losses if loss.couples_batch and not loss.sorts_batch}
+        #: The losses by what their mean is over: pairs, or the tokens of chosen completions. Each to be summed.
+        self._per_pair = self._summed({loss.name for loss in losses} - per_token)
+        self._per_token = self._summed(per_token)
 
     # What a batch is
 
@@ -161,8 +162,7 @@ class PreferenceObjective(Objective):
         """The loss over all pairs of `scores`, differentiable in its log-probs; `backend` defaults to the run's."""
         return self._loss(
             scores,
-            self.args.loss_type,
-            beta=self.args.beta if plan is None else plan.beta,
+            self.options if plan is None else replace(self.options, beta=plan.beta),
             keep=None if plan is None else plan.keep,
             backend=self.args.backend if backend is None else backend,
         )
@@ -171,34 +171,25 @@ class PreferenceObjective(Objective):
         """At β0, over every pair."""
         return self.loss(scores, backend="torch")
 
-    def _loss(self, scores: Scores, names: Sequence[str], **options: Any) -> PreferenceOutput:
-        """Those of the run's losses that have these names, with the run's options as far as they read them."""
+    def _loss(self, scores: Scores, options: LossOptions, **call: Any) -> PreferenceOutput:
         pairs = PairScores.of(scores)
-        args, losses = self.args, [LOSSES[name] for name in names]
-        weights = None
-        if args.loss_weights is not None:
-            weights = [w for name, w in zip(args.loss_type, args.loss_weights, strict=True) if name in names]
-        divergence = args.f_divergence_type if any(loss.supports_f_divergence for loss in losses) else "reverse_kl"
-        taken = {name for loss in losses for name in loss.parameters} | set(F_DIVERGENCES[divergence])
-        parameters: dict[str, Any] = {k: v for k, v in args.loss_parameters().items() if k in taken}
         ref_chosen_logps, ref_rejected_logps = self._reference(pairs)
         return preference_loss(
             pairs.chosen_logps,
             pairs.rejected_logps,
             ref_chosen_logps,
             ref_rejected_logps,
-            loss_type=names,
-            loss_weights=weights,
-            reward_beta=args.beta,
-            label_smoothing=args.label_smoothing if any(loss.uses_label_smoothing for loss in losses) else 0.0,
             chosen_lengths=pairs.chosen_lengths,
             rejected_lengths=pairs.rejected_lengths,
-            f_divergence=divergence,
-            pair_weights=pairs.pair_weights if args.use_weighting else None,
+            pair_weights=pairs.pair_weights if self.args.use_weighting else None,
             sft_logps=pairs.chosen_sums,
-            **options,
-            **parameters,
+            options=options,
+            **call,
         )
+
+    def _summed(self, names: set[str]) -> LossOptions | None:
+        """Those of the run's losses that have these names, with the run's options as far as they read them."""
+        return replace(self.options.only(names), reduction="sum") if names else None
 
     def _reference(self, pairs: PairScores) -> tuple[Tensor | None, Tensor | None]:
         return (pairs.ref_chosen_logps, pairs.ref_rejected_logps) if self.needs_reference else (None, None)
@@ -207,15 +198,15 @@ class PreferenceObjective(Objective):
         return BatchSize(len(scores), scores.lengths[0].clamp(min=1).sum())
 
     def share(self, scores: Scores, whole: BatchSize) -> Tensor:
-        shared = {"beta": self.args.beta, "reduction": "sum", "backend": self.args.backend}
         total = scores.logps.new_zeros(())
-        if self._per_pair:
-            total = total + self._loss(scores, self._per_pair, **shared).loss / whole.pairs
-        if self._per_token:
+        backend = self.args.backend
+        if self._per_pair is not None:
+            total = total + self._loss(scores, self._per_pair, backend=backend).loss / whole.pairs
+        if self._per_token is not None:
             own = self.size(scores)
             # The sum of n pairs' shares is n/Σ|y_w| times that of their tokens, in this part as in the whole batch
             factor = own.chosen_tokens / own.pairs / whole.chosen_tokens
-            total = total + self._loss(scores, self._per_token, **shared).loss * factor
+            total = total + self._loss(scores, self._per_token, backend=backend).loss * factor
         return total
 
     # What is kept of it
