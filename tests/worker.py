@@ -48,14 +48,14 @@ def state(trainer: Any) -> dict[str, torch.Tensor]:
 
 def injected(trainer: Any, fails: Callable[..., bool]) -> Any:
     """`trainer`, whose forward of a micro-batch runs out of memory where `fails(trainer, model, micro)` says so."""
-    forward = trainer.passes.forward
+    forward = trainer.parts.passes.forward
 
     def limited(model: Any, micro: Any, **options: Any) -> Any:
         if fails(trainer, model, micro):
             raise torch.OutOfMemoryError("injected")
         return forward(model, micro, **options)
 
-    trainer.passes.forward = limited
+    trainer.parts.passes.forward = limited
     return trainer
 
 

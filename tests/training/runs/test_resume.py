@@ -98,7 +98,7 @@ def test_resume_with_a_reference_cache_is_bitwise_equal(step: int, reference: st
     expected, found = state(straight), state(resumed)
     for name, value in expected.items():
         assert torch.equal(value, found[name]), name
-    names = [trainer.references.file for trainer in (straight, resumed)]
+    names = [trainer.parts.references.file for trainer in (straight, resumed)]
     assert names[0].read_bytes() == names[1].read_bytes()
 
 
