@@ -24,7 +24,8 @@ from fastdpo.ops.linear_logprob.tiles import WORKSPACE, plan_fused
 from fastdpo_kernels.linear_logprob import gemm as head_gemm
 from fastdpo_kernels.linear_logprob import merge as head_merge
 from fastdpo_kernels.linear_logprob import tiles as head_tiles
-from fastdpo_kernels.linear_logprob.gemm import LIFT_LIMIT, LogitScales, Partials, Reference
+from fastdpo_kernels.linear_logprob.gemm import LIFT_LIMIT, Partials, Reference
+from fastdpo_kernels.linear_logprob.scales import LogitScales
 from fastdpo_kernels.linear_logprob.tiles import INTERPRETED, TILES, Tile
 
 #: Error beyond plain torch's, relative to the largest value: of log-probs, of gradients.
