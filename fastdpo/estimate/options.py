@@ -1,0 +1,127 @@
+"""What `fastdpo estimate` is asked: a run, as far as its memory and time depend on it, and the cards it is to fit into.
+
+Strings and numbers as an option file holds them come in; sizes in bytes, a `Device` and a `PairShape` go out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from accelerate.utils.modeling import convert_file_size_to_int
+
+from fastdpo.estimate.activations import PairShape
+from fastdpo.estimate.devices import GPUS, Device
+from fastdpo.training.options.checks import head_workspace_bytes
+from fastdpo.training.options.config import DEFAULT_MICRO_BATCH_TOKENS, check_fields
+
+_CPU = "cpu"
+_NAMES = [_CPU, *(gpu.name for gpu in GPUS)]
+
+
+@dataclass
+class EstimateConfig:
+    """What is trained how; names and defaults as in FastDPOConfig."""
+
+    _argument_group_name: ClassVar = "run"
+
+    gpu_memory: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Memory of one card or of several, such as 12GB or 8GB 24GiB: print what fits into each."},
+    )
+    device: str = field(
+        default="auto",
+        metadata={
+            "help": "Whose rates the time split takes; cpu: this machine, and its memory. auto: rtx-3060 with "
+            "--gpu_memory or where torch sees a GPU, else cpu.",
+            "choices": ["auto", *_NAMES],
+        },
+    )
+    max_length: int = field(default=1024, metadata={"help": "Longest prompt + completion, in tokens."})
+    max_prompt_length: int | None = field(
+        default=512, metadata={"help": "Prompt tokens of the longest pair. None: half of max_length."}
+    )
+    micro_batch_tokens: str = field(
+        default="auto",
+        metadata={
+            "help": "Tokens per forward with gradients; a longer pair goes alone. auto: the most that fits into the "
+            f"(first) --gpu_memory, and {DEFAULT_MICRO_BATCH_TOKENS} without one."
+        },
+    )
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Pairs per optimizer step."})
+    gradient_checkpointing: str = field(
+        default="auto",
+        metadata={
+            "help": "true, false, or auto: where the longest pair does not fit without.",
+            "choices": ["auto", "true", "false"],
+        },
+    )
+    activation_offloading: bool = field(
+        default=False, metadata={"help": "Keep what checkpointed layers need in the host's memory."}
+    )
+    head_workspace: str = field(
+        default="256MiB", metadata={"help": "On a GPU, what the head's exponentials of a chunk may take."}
+    )
+    bf16: bool | None = field(default=None, metadata={"help": "bfloat16 autocast. Default: on for a GPU."})
+    demo: bool = field(
+        default=False,
+        metadata={"help": "Start from the settings of `fastdpo demo`. Only as a flag; others override it."},
+    )
+    json: bool = field(default=False, metadata={"help": "Print the figures as JSON, in bytes and seconds."})
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("max_length", "max_prompt_length", "per_device_train_batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}={value}: at least 1.")
+        if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"max_prompt_length={self.max_prompt_length} leaves no room for a completion within "
+                f"max_length={self.max_length}; lower the first or raise the second."
+            )
+        tokens = str(self.micro_batch_tokens)
+        if tokens != "auto" and not (tokens.isdigit() and int(tokens) >= 1):
+            raise ValueError(f"micro_batch_tokens={self.micro_batch_tokens!r}: 'auto' or a number of at least 1.")
+        if self.activation_offloading and self.gradient_checkpointing == "false":
+            raise ValueError(
+                "activation_offloading=True moves what checkpointed layers keep, but gradient_checkpointing='false'. "
+                "Leave that at auto, or drop the offloading."
+            )
+        head_workspace_bytes(self.head_workspace)
+        if self.on_cpu and self.head_workspace != type(self).head_workspace:
+            raise ValueError(f"head_workspace={self.head_workspace!r} has no effect with device='cpu'; drop it.")
+        if self.on_cpu and self.activation_offloading:
+            raise ValueError("activation_offloading=True needs a GPU; on a CPU there is nowhere to move to.")
+        if self.on_cpu and self.gpu_memory:
+            raise ValueError(f"gpu_memory={self.gpu_memory!r} has no effect with device='cpu'; name a GPU or neither.")
+        self.cards()
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the run is on this machine's CPU."""
+        if self.device == "auto":
+            return not self.gpu_memory and not torch.cuda.is_available()
+        return self.device == _CPU
+
+    def cards(self) -> dict[str, int]:
+        """`gpu_memory` in bytes, by what was written. Raises ValueError for what is no size."""
+        return {text: _size(text) for text in self.gpu_memory}
+
+    def gpu(self) -> Device:
+        """The GPU whose rates are taken."""
+        return next((gpu for gpu in GPUS if gpu.name == self.device), GPUS[0])
+
+    def shape(self) -> PairShape:
+        """The longest pair."""
+        return PairShape.longest(self.max_length, self.max_prompt_length)
+
+
+def _size(text: str) -> int:
+    try:
+        size = convert_file_size_to_int(text.upper().replace("IB", "iB"))
+    except ValueError as error:
+        raise ValueError(f"gpu_memory={text!r}: a size such as 12GB, 24GiB or 8000MB.") from error
+    if size <= 0:
+        raise ValueError(f"gpu_memory={text!r}: a positive size such as 12GB.")
+    return size
