@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import fastdpo
-from benchmarks.gpu.head_plans import environment
+from benchmarks.gpu.linear_logprob.plans import environment
 from benchmarks.gpu.sizes import FLAGGED_SPREAD, HeadCheck
 from fastdpo import DynamicBeta
 from fastdpo.formulas import oracle, rng

@@ -28,7 +28,7 @@ from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.report import Report, Skipped
 from benchmarks.gpu.sizes import MIB, Sizes
 from benchmarks.training_cases import TrainingCase, preference_ids, set_lora
-from benchmarks.training_run import TRAINERS, StepClock
+from benchmarks.training_run import TRAINERS, StepClock, step_arguments
 from fastdpo.estimate.activations import PairShape
 from fastdpo.training.memory.plan import RetryStep, release_memory
 from fastdpo.training.models.loading import lora_config
@@ -68,18 +68,9 @@ class Bench:
     def trainer(self, kind: str, clock: StepClock | None = None, **options: Any) -> Trainer:
         """A trainer of a fresh model with the same LoRA."""
         on_gpu = self.sizes.on_gpu
-        arguments = {
-            # One each: a run would take the reference log-probs that another has left in its folder
-            "output_dir": tempfile.mkdtemp(dir=self.folder),
-            "per_device_train_batch_size": self.case.pairs,
+        # One folder each: a run would take the reference log-probs that another has left in its own
+        arguments = step_arguments(self.case, tempfile.mkdtemp(dir=self.folder)) | {
             "max_steps": self.case.steps,
-            "learning_rate": 1e-4,
-            "lr_scheduler_type": "constant",
-            "train_sampling_strategy": "sequential",
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
             "use_cpu": not on_gpu,
             "bf16": on_gpu,
             # Alike for all, and without the managed memory of paged states

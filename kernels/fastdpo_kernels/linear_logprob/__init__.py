@@ -6,5 +6,5 @@ separate, after torch's GEMM   `fold` (a tile into the rows' state) → `unit_gr
 
 In go hidden states or a tile of raw logits, targets (N,) and `scales`; out come log-probs, normalizers, statistics and
 dlogp/dh. Oracle `fastdpo.formulas.oracle.linear_logprob`; tests `tests/test_head_kernels.py`, `test_fused_head.py`;
-machine code `tests/test_kernels_compile.py`, `test_head_gemm_compile.py`; on a card `benchmarks/gpu/head.py`.
+machine code `tests/test_kernels_compile.py`, `test_head_gemm_compile.py`; on a card `benchmarks/gpu/linear_logprob/`.
 """

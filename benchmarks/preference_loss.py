@@ -18,7 +18,7 @@ from fastdpo.loss.logprobs import token_preference_loss
 TITLE = "loss: all that follows the head, dynamic β included, forward + backward, torch backend"
 #: Calls per repeat, as one takes less than a millisecond.
 CALLS = 60
-#: Where: `benchmarks.gpu.loss` asks a card.
+#: Where: `benchmarks.gpu.preference_loss` asks a card.
 DEVICE = "cpu"
 
 
