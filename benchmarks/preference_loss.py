@@ -1,4 +1,4 @@
-"""Everything after the head: segment sums, margins, dynamic β (plan and commit), loss, and the gradient."""
+"""`preference_loss` with all that follows the head: sums, margins, dynamic β (plan and commit), and the gradient."""
 
 from __future__ import annotations
 
