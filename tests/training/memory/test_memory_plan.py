@@ -382,7 +382,7 @@ def test_spellings_of_checkpointing_are_one_option(tmp_path: Path) -> None:
             trainer = tiny.trainer(tmp_path, **options)
             assert trainer.parts.memory.checkpointing is expected
             assert trainer.model.is_gradient_checkpointing is expected
-    assert not tiny.trainer(tmp_path).memory.checkpointing, "auto"
+    assert not tiny.trainer(tmp_path).parts.memory.checkpointing, "auto"
     # Before, transformers has no such option, and says so
     with pytest.raises((ValueError, TypeError), match="contradict" if renamed else "unexpected keyword"):
         tiny.config(tmp_path, gradient_checkpointing="false", activation_checkpointing=True)
