@@ -143,6 +143,20 @@ def test_truncated_file_is_refused(killed: Path, tmp_path: Path) -> None:
         resolve_resume(tmp_path, True)
 
 
+def test_a_checkpoint_says_its_format(killed: Path, tmp_path: Path) -> None:
+    """One without a number is from before there were any, which is format 1; one of a later format is refused."""
+    folder = tmp_path / "checkpoint-10"
+    shutil.copytree(killed / "checkpoint-10", folder)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    assert manifest.pop("format") == 1
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert resolve_resume(tmp_path, True) == str(folder)
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"format": 2, "fastdpo": "9.9"}))
+    message = r"checkpoint format 2, saved by fastdpo 9.9; fastdpo \S+ reads format 1. Continue with the version that"
+    with pytest.raises(CheckpointError, match=message):
+        resolve_resume(tmp_path, True)
+
+
 def test_kill_while_a_checkpoint_is_replaced_keeps_the_old_one(killed: Path, tmp_path: Path) -> None:
     shutil.copytree(killed / "checkpoint-10", tmp_path / "_checkpoint-10.replaced")
     staging_folder(tmp_path, 10).mkdir()
