@@ -6,6 +6,7 @@ same with weights that the whole batch decides, so that it has to be scored firs
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -128,6 +129,11 @@ def test_evaluation_and_predictions(tmp_path: Path) -> None:
     assert figures["eval_loss"] == pytest.approx(float((-logps / lengths).mean()), rel=1e-5)
     assert figures["eval_nll"] == pytest.approx(float(-logps.sum() / lengths.sum()), rel=1e-5)
     assert lengths.tolist() == [len(ids) for ids in answers(11, seed=3)["answer_ids"]]
+
+
+def test_the_guide_shows_this_objective() -> None:
+    guide = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert f"```python\n{inspect.getsource(MeanLikelihood)}```" in guide
 
 
 def test_data_without_its_columns_is_refused(tmp_path: Path) -> None:
