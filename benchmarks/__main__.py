@@ -10,14 +10,23 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import gpu_static
 from benchmarks.contenders import warm_up
+from benchmarks.linear_logprob import gpu_static
 from benchmarks.report import Figure, as_json, machine, print_table
 from benchmarks.settings import Settings
 
-SECTIONS = ("head", "peers", "scaling", "memory", "loss", "accuracy", "gpu_static")
-#: Sections of the whole training step, minutes each, that run only when they are named.
-LONG_SECTIONS = ("training", "ablation", "profile_step")
+#: Section → its module, which bears the name of the operation that it measures.
+SECTIONS = {
+    "head": "linear_logprob.speed",
+    "peers": "linear_preference_loss",
+    "scaling": "linear_logprob.scaling",
+    "memory": "linear_logprob.memory",
+    "loss": "preference_loss",
+    "accuracy": "linear_logprob.accuracy",
+    "gpu_static": "linear_logprob.gpu_static",
+}
+#: Those of the whole training step, minutes each, that run only when they are named.
+LONG_SECTIONS = {"training": "training", "ablation": "ablation", "profile_step": "profile_step"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -44,8 +53,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="gpu_static alone: print its predictions as JSON")
     parser.add_argument("--output", type=Path, help="write all figures here as JSON")
     options = parser.parse_args(arguments)
-    if unknown := set(options.sections) - {*SECTIONS, *LONG_SECTIONS}:
-        parser.error(f"unknown section {', '.join(sorted(unknown))}; choose from {', '.join(SECTIONS + LONG_SECTIONS)}")
+    known = SECTIONS | LONG_SECTIONS
+    if unknown := set(options.sections) - known.keys():
+        parser.error(f"unknown section {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
     if options.steps < 2 or options.rounds < 1:
         parser.error(f"--steps {options.steps}, --rounds {options.rounds}: at least 2 and 1; the first step warms up")
     if options.json and options.sections != ["gpu_static"]:
@@ -76,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[Figure]]:
     warm_up(settings.dtype)
     figures = {}
     for section in options.sections or SECTIONS:
-        module = importlib.import_module(f"benchmarks.{section}")
+        module = importlib.import_module(f"benchmarks.{(SECTIONS | LONG_SECTIONS)[section]}")
         start = time.perf_counter()
         figures[section] = module.run(settings)
         print_table(f"{module.TITLE} [{time.perf_counter() - start:.0f} s]", figures[section])

@@ -125,6 +125,9 @@ LOSS_CASES = (LossCase(8), LossCase(64, target_ms=1.0), LossCase(1024))
 ACCURACY_CASE = HeadCase(512, 576, 49152)
 ACCURACY_COMPLETIONS = {torch.bfloat16: 15, torch.float32: 5}
 
+#: Heads of a GPU: what `linear_logprob.gpu_static` predicts and `benchmarks.gpu` measures.
+GPU_HEADS = (HeadCase(4096, 4096, 128256), HeadCase(4096, 896, 151936), HeadCase(8192, 2048, 128256))
+
 #: Shapes that only show that everything runs.
 TINY_HEAD = (HeadCase(16, 16, 301, target=1.08), HeadCase(5, 8, 97))
 TINY_PAIR = PairCase(pairs=2, hidden=16, vocab=301, prompt=(3, 9), completion=(2, 6))

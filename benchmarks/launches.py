@@ -82,7 +82,7 @@ def _only_looks(func: Any, args: Any, result: Any) -> bool:
 def counting_launches() -> Iterator[Counts]:
     """Counts what runs on this thread, backwards on a CPU too, within the project's operators and without."""
     operators = _Operators()
-    load, execute = registry._load, GridExecutor.__call__
+    load, execute = registry.implementation, GridExecutor.__call__
 
     def load_counted(path: str) -> Callable[..., Any]:
         def implementation(*inputs: Any) -> Any:
@@ -97,7 +97,7 @@ def counting_launches() -> Iterator[Counts]:
             execute(executor, *args, **kwargs)
 
     with (
-        mock.patch.object(registry, "_load", load_counted),
+        mock.patch.object(registry, "implementation", load_counted),
         mock.patch.object(GridExecutor, "__call__", execute_counted),
         operators,
     ):

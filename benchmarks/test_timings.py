@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import cases, contenders, loss
+from benchmarks import cases, contenders, preference_loss
 from benchmarks.cases import HeadCase, LossCase
-from benchmarks.peers import PEERS
+from benchmarks.linear_preference_loss import PEERS
 
 pytest.importorskip("pytest_benchmark")
 HEADS: dict[str, Callable[[cases.HeadInputs], Callable[[], None]]] = {
@@ -37,4 +37,4 @@ def test_peers(case: cases.PairCase, peer: str, benchmark: Any) -> None:
 @pytest.mark.parametrize("step", ["from sums", "from tokens"])
 @pytest.mark.parametrize("case", cases.LOSS_CASES, ids=lambda case: f"{case.pairs} pairs")
 def test_loss(case: LossCase, step: str, benchmark: Any) -> None:
-    benchmark(loss.steps(case)[step])
+    benchmark(preference_loss.steps(case)[step])

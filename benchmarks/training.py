@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 from safetensors.torch import load_file
 
-from benchmarks.memory import ROOT
+from benchmarks.process import ROOT
 from benchmarks.report import Figure, Target, at_least, at_most
 from benchmarks.settings import Settings
 from benchmarks.training_cases import TrainingCase, count_tokens, preference_ids

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from benchmarks.memory import reset_peak, status
+from benchmarks.process import reset_peak, status
 from benchmarks.training_cases import TrainingCase, preference_ids, set_lora
 from fastdpo import FastDPOConfig, FastDPOTrainer
 from fastdpo.demo.smollm2 import prepare_model
@@ -103,12 +103,11 @@ class StepClock(TrainerCallback):
         return [end[which] - begin[which] for begin, end in zip(self.marks, self.marks[1:], strict=False)]
 
 
-def shared_arguments(case: TrainingCase, output_dir: str) -> dict[str, Any]:
-    """What every contender's config is given."""
+def step_arguments(case: TrainingCase, output_dir: str) -> dict[str, Any]:
+    """How every contender's config takes its steps, on any device: the same pairs in the same order, nothing saved."""
     return {
         "output_dir": output_dir,
         "per_device_train_batch_size": case.pairs,
-        "num_train_epochs": 1,
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",
         "train_sampling_strategy": "sequential",
@@ -116,10 +115,13 @@ def shared_arguments(case: TrainingCase, output_dir: str) -> dict[str, Any]:
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "log_level": "error",
-        "use_cpu": True,
-        "bf16": False,
     }
+
+
+def shared_arguments(case: TrainingCase, output_dir: str) -> dict[str, Any]:
+    """What every contender's config is given here: the steps of one epoch, on a CPU, in float32, quietly."""
+    own = {"num_train_epochs": 1, "log_level": "error", "use_cpu": True, "bf16": False}
+    return step_arguments(case, output_dir) | own
 
 
 def _trl(model: PreTrainedModel, options: dict[str, Any], **kwargs: Any) -> Trainer:

@@ -113,7 +113,7 @@ def config(folder: Path | str, **overrides: Any) -> FastDPOConfig:
 
 def trainer(folder: Path | str, *, model: Any = None, data: Dataset | None = None, **options: Any) -> FastDPOTrainer:
     """A trainer of a tiny Llama with a fresh LoRA; `options` are FastDPOConfig's, or the trainer's own arguments."""
-    own = ("ref_model", "eval_dataset", "processing_class", "peft_config", "callbacks", "optimizers")
+    own = ("ref_model", "eval_dataset", "processing_class", "peft_config", "callbacks", "optimizers", "objective")
     arguments = {name: options.pop(name) for name in own if name in options}
     arguments = {"peft_config": lora(), "processing_class": tokenizer()} | arguments
     return FastDPOTrainer(

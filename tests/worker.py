@@ -1,7 +1,8 @@
 """One training run in its own process, for tests that kill it, signal it or start two ranks of it.
 
 python worker.py '{"folder": ..., "options": {FastDPOConfig}, "event": ..., "at": step, "pairs": n, "eval_pairs": n,
-                   "resume": ..., "result": path, "oom": {"rank": r, "above": tokens}}'
+                   "resume": ..., "result": path, "oom": {"rank": r, "above": tokens},
+                   "objective": class of single_answers}'
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import single_answers
 import tiny
 import torch
 import torch.distributed as dist
@@ -48,14 +50,14 @@ def state(trainer: Any) -> dict[str, torch.Tensor]:
 
 def injected(trainer: Any, fails: Callable[..., bool]) -> Any:
     """`trainer`, whose forward of a micro-batch runs out of memory where `fails(trainer, model, micro)` says so."""
-    forward = trainer.passes.forward
+    forward = trainer.parts.passes.forward
 
     def limited(model: Any, micro: Any, **options: Any) -> Any:
         if fails(trainer, model, micro):
             raise torch.OutOfMemoryError("injected")
         return forward(model, micro, **options)
 
-    trainer.passes.forward = limited
+    trainer.parts.passes.forward = limited
     return trainer
 
 
@@ -65,7 +67,11 @@ def main(job: dict[str, Any]) -> None:
     callbacks = [Event(job["event"], job["at"])] if job.get("event") else []
     if "eval_pairs" in job:
         job["options"]["eval_dataset"] = tiny.pairs(job["eval_pairs"], seed=9)
-    trainer = tiny.trainer(job["folder"], data=tiny.pairs(job.get("pairs", 24)), callbacks=callbacks, **job["options"])
+    data = tiny.pairs(job.get("pairs", 24))
+    if "objective" in job:
+        job["options"]["objective"] = getattr(single_answers, job["objective"])()
+        data = single_answers.answers(job["pairs"])
+    trainer = tiny.trainer(job["folder"], data=data, callbacks=callbacks, **job["options"])
     failures = 0
 
     def fails(trainer: Any, model: Any, micro: Any) -> bool:

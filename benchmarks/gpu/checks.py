@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import fastdpo
-from benchmarks.gpu.head_plans import environment
+from benchmarks.gpu.linear_logprob.plans import environment
 from benchmarks.gpu.sizes import FLAGGED_SPREAD, HeadCheck
 from fastdpo import DynamicBeta
 from fastdpo.formulas import oracle, rng
@@ -39,8 +39,8 @@ TF32_ALLOWED = (2.0**-9, 2.0**-8)
 LOSS_ALLOWED = 1e-5
 #: Of statistics: sums over the vocabulary of what log-probs are made of.
 STATS_ALLOWED = 1e-4
-#: How far below the largest logit a target is whose row is flagged: `head_gemm.LIFT_LIMIT` in units of log 2, and a
-#: little, as the logits here are float64's.
+#: How far below the largest logit a target is whose row is flagged: LIFT_LIMIT of the kernels' `linear_logprob.gemm`,
+#: in units of log 2, and a little, as the logits here are float64's.
 FLAGGED_BELOW = 93.0 * math.log(2.0)
 #: Gumbel draws: two logarithms, in units of the last place.
 GUMBEL_ULPS = 4

@@ -55,10 +55,10 @@ HALVES, SLACK = (240.0, 300.0), 12.0
 STAGES = (
     Stage(1, "ceilings", 25),
     Stage(2, "correctness", 80, kernels=True),
-    Stage(3, "products", 33),
-    Stage(4, "head", 90, kernels=True),
-    Stage(5, "peers", 82),
-    Stage(6, "loss", 20, kernels=True),
+    Stage(3, "products", 33, module="benchmarks.gpu.linear_logprob.products"),
+    Stage(4, "head", 90, kernels=True, module="benchmarks.gpu.linear_logprob.speed"),
+    Stage(5, "peers", 82, module="benchmarks.gpu.linear_logprob.peers"),
+    Stage(6, "loss", 20, kernels=True, module="benchmarks.gpu.preference_loss"),
     Stage(7, "training", 145, kernels=True),
     Stage(8, "suite", 41, kernels=True),
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import HeadCase
+from benchmarks.cases import GPU_HEADS, HeadCase
 from fastdpo.ops.linear_logprob.tiles import MIN_WORKSPACE, WORKSPACE
 
 MIB = 2**20
@@ -161,7 +161,7 @@ REAL = Sizes(
     losses=CHECKED_LOSSES,
     draws=100_000,
     logits=(2, 513, 50257),
-    heads=(HeadCase(4096, 4096, 128256), HeadCase(4096, 896, 151936), HeadCase(8192, 2048, 128256)),
+    heads=GPU_HEADS,
     tiles=((1024, 1024), (1024, 8192), (4096, 8192), (0, 32768), (0, 0)),
     chunk=32768,
     workspaces=(64 * MIB, 256 * MIB, 1024 * MIB),

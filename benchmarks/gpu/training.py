@@ -28,7 +28,7 @@ from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.report import Report, Skipped
 from benchmarks.gpu.sizes import MIB, Sizes
 from benchmarks.training_cases import TrainingCase, preference_ids, set_lora
-from benchmarks.training_run import TRAINERS, StepClock
+from benchmarks.training_run import TRAINERS, StepClock, step_arguments
 from fastdpo.estimate.activations import PairShape
 from fastdpo.training.memory.plan import RetryStep, release_memory
 from fastdpo.training.models.loading import lora_config
@@ -68,18 +68,9 @@ class Bench:
     def trainer(self, kind: str, clock: StepClock | None = None, **options: Any) -> Trainer:
         """A trainer of a fresh model with the same LoRA."""
         on_gpu = self.sizes.on_gpu
-        arguments = {
-            # One each: a run would take the reference log-probs that another has left in its folder
-            "output_dir": tempfile.mkdtemp(dir=self.folder),
-            "per_device_train_batch_size": self.case.pairs,
+        # One folder each: a run would take the reference log-probs that another has left in its own
+        arguments = step_arguments(self.case, tempfile.mkdtemp(dir=self.folder)) | {
             "max_steps": self.case.steps,
-            "learning_rate": 1e-4,
-            "lr_scheduler_type": "constant",
-            "train_sampling_strategy": "sequential",
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
             "use_cpu": not on_gpu,
             "bf16": on_gpu,
             # Alike for all, and without the managed memory of paged states
@@ -146,13 +137,13 @@ def compare_layouts(report: Report, bench: Bench, clock: Clock) -> None:
     trainer: Any = bench.trainer("fastdpo")
     policy = trainer.model.eval()
     rows = [bench.data[i] for i in range(bench.case.pairs)]
-    batch = trainer.make_batch(rows)
+    batch = trainer.objective.batch_of(rows, trainer.args.device)
     everything = 2 * sum(trainer_tokens(row) for row in rows)
 
     def scored(layout: Layout) -> torch.Tensor:
         """(2P, C), chosen first, in the order of the pairs."""
         (micro,) = batch.cut(everything, None, layout)
-        logps = trainer.passes.forward(policy, micro).logps
+        logps = trainer.parts.passes.forward(policy, micro).logps
         order = torch.cat([micro.indices, micro.indices + len(micro)]).to(logps.device)
         return torch.zeros_like(logps).index_copy_(0, order, logps)
 
@@ -197,7 +188,7 @@ def train(report: Report, bench: Bench, name: str, kind: str, **options: Any) ->
     whole, seconds, (peak, allocated) = time.perf_counter() - start, clock.spent(0), peaks()
     later = sum(seconds[1:]) / max(len(seconds) - 1, 1)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    tokens = trainer.memory.train_tokens if kind == "fastdpo" else 0
+    tokens = trainer.parts.memory.train_tokens if kind == "fastdpo" else 0
     found = f", micro-batches of {tokens:,} tokens" * bool(tokens)
     report.add(
         name,
@@ -289,8 +280,8 @@ def report_estimate(report: Report, process: subprocess.Popen[str], seconds: flo
 def longest_pairs(report: Report, bench: Bench) -> None:
     """For each card, without checkpointing: the longest pair, half prompt, that goes forward and backward alone."""
     trainer: Any = bench.trainer("fastdpo", gradient_checkpointing="false")
-    first = trainer.make_batch([bench.data[0]])
-    trainer.layouts.settle(first)
+    first = trainer.objective.batch_of([bench.data[0]], trainer.args.device)
+    trainer.parts.layouts.settle(first)
     for card in bench.shape.cards:
         name = f"longest pair on {card}"
         if report.skips(name, NEEDED["longest"] / 2 if bench.sizes.on_gpu else 0.0):
@@ -346,15 +337,15 @@ def fits(trainer: Any) -> Callable[[int], bool]:
         draw = partial(torch.randint, 0, trainer.model.config.vocab_size)
         ids = {"prompt_ids": draw((pair.prompt,)), "chosen_ids": draw((pair.completion,))}
         row = ids | {"rejected_ids": draw((pair.completion,)), "example_id": "longest"}
-        batch = trainer.make_batch([row])
+        batch = trainer.objective.batch_of([row], trainer.args.device)
 
         def work() -> None:
-            (micro,) = trainer.passes.cut(batch, 1, range(1))
-            trainer.accelerator.backward(0.0 * trainer.passes.forward(trainer.model, micro).logps.sum())
+            (micro,) = trainer.parts.passes.cut(batch, 1, range(1))
+            trainer.accelerator.backward(0.0 * trainer.parts.passes.forward(trainer.model, micro).logps.sum())
 
         try:
-            with trainer.layouts.active():
-                trainer.memory.guarded(work)
+            with trainer.parts.layouts.active():
+                trainer.parts.memory.guarded(work)
         except RetryStep:
             return False
         finally:

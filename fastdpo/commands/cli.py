@@ -1,4 +1,4 @@
-"""The command `fastdpo`: train, demo, estimate, info.
+"""The command `fastdpo`: train, demo, estimate, info, each in a file of its name.
 
 Exit codes: 0 done; 1 the run failed (a non-finite loss); 2 an option, file or model cannot be used; 128 + n stopped by
 signal n after saving a checkpoint.
@@ -43,7 +43,7 @@ def _train(argv: list[str]) -> int:
 
 
 def _demo(argv: list[str]) -> int:
-    from fastdpo.demo.run import main
+    from fastdpo.commands.demo import main
 
     return main(argv)
 
@@ -55,15 +55,9 @@ def _estimate(argv: list[str]) -> int:
 
 
 def _info(argv: list[str]) -> int:
-    if argv:
-        print(
-            "usage: fastdpo info\n\nPrints versions, devices, and which backends can run here and why not the others."
-        )
-        return 0 if argv[0] in ("-h", "--help") else 2
-    from fastdpo.commands.info import print_info
+    from fastdpo.commands.info import main
 
-    print_info()
-    return 0
+    return main(argv)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

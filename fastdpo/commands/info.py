@@ -15,6 +15,18 @@ from fastdpo.ops.backends import backends, resolve_backend
 from fastdpo.version import __version__
 
 _PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "trl", "liger-kernel")
+_USAGE = """usage: fastdpo info
+
+Prints versions, devices, and which backends can run here and why not the others."""
+
+
+def main(argv: list[str]) -> int:
+    """Print what is here. Returns 0, or 2 for an argument: there are none but --help."""
+    if argv:
+        print(_USAGE)
+        return 0 if argv[0] in ("-h", "--help") else 2
+    print_info()
+    return 0
 
 
 def versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""`fastdpo demo`: align SmolLM2-135M-Instruct with QLoRA β-DPO on a CPU, and show what changed.
+"""The demo: align SmolLM2-135M-Instruct with QLoRA β-DPO on a CPU, and show what changed (`fastdpo demo`).
 
 The number of training pairs is chosen so that the whole command takes about `minutes`: evaluation and generation before
 training are timed, and two training steps on trial.
@@ -20,7 +20,6 @@ import torch
 import transformers
 from rich.console import Console
 
-from fastdpo.commands.options import make_parser, parse
 from fastdpo.data import load_preferences
 from fastdpo.demo.baseline import bag_of_words_accuracy
 from fastdpo.demo.report import Snapshot, print_report, results_of, take_snapshot
@@ -37,12 +36,6 @@ PLAN_FILE = "demo_plan.json"
 CLOSING_SECONDS = 12.0
 #: Share of the remaining time that is planned for; the rest absorbs a machine that slows down.
 PLANNED_SHARE = 0.85
-
-_DESCRIPTION = """Align SmolLM2-135M-Instruct (NF4, LoRA r = 16 on all linear layers) with β-DPO on the preference
-pairs that come with fastdpo, and print what changed. Needs no GPU and no hub.
-
-  fastdpo demo
-  fastdpo demo --pairs all --minutes 60"""
 
 
 @dataclass
@@ -75,13 +68,6 @@ class DemoConfig:
             raise ValueError(f"pairs_per_step={self.pairs_per_step}: at least 1.")
         if self.minutes <= 0:
             raise ValueError(f"minutes={self.minutes}: a positive time.")
-
-
-def main(argv: list[str]) -> int:
-    """Parse and run. Returns 0; raises what `fastdpo.commands.cli` reports."""
-    (config,) = parse(make_parser("fastdpo demo", _DESCRIPTION, DemoConfig), argv)
-    run(config)
-    return 0
 
 
 def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:

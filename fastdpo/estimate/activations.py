@@ -23,17 +23,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from fastdpo.estimate.skeleton import Skeleton, has_equal_layers, plain_head, with_layers
 from fastdpo.loss.logprobs import linear_logprob
-from fastdpo.ops.linear_logprob.tiles import (
-    GPU_COLUMNS,
-    MAX_CACHE,
-    MAX_COLUMNS,
-    MAX_ROWS,
-    TILE_SHARE,
-    WORKSPACE,
-    plan_fused,
-    plan_gpu_tiles,
-)
-from fastdpo.training.memory.counting import LiveBytes, workspaces
+from fastdpo.ops.linear_logprob.tiles import WORKSPACE
+from fastdpo.training.memory.counting import Line, LiveBytes, workspaces
+from fastdpo.training.memory.head_workspace import head_workspace_of, trained_head_workspace
 from fastdpo.training.options import ModelConfig
 from fastdpo.training.rows.attention import Segment, Segments, segments_active
 from fastdpo.training.scoring.head import Head
@@ -111,27 +103,6 @@ class Live:
                 for each in fields(self)
             )
         )
-
-
-@dataclass(frozen=True)
-class Line:
-    """bytes = per_token · tokens + constant."""
-
-    per_token: float
-    constant: float
-
-    @classmethod
-    def through(cls, first: tuple[int, int], second: tuple[int, int]) -> Line:
-        """The line through two points (tokens, bytes)."""
-        slope = (second[1] - first[1]) / (second[0] - first[0])
-        return cls(slope, first[1] - slope * first[0])
-
-    def at(self, tokens: int) -> int:
-        return round(self.per_token * tokens + self.constant)
-
-    def tokens_within(self, limit: int) -> int:
-        """The most tokens whose bytes are within `limit`; 0 where even one token's are not."""
-        return max(0, int((limit - self.constant) / self.per_token))
 
 
 @dataclass(frozen=True)
@@ -236,8 +207,6 @@ def micro_batch(
                 p.grad = grad
 
 
-#: Where `linear_logprob`'s `unit_gradient` stands among its arguments, behind hidden, weight and bias.
-_UNIT_GRADIENT = 6
 #: Layers of the two models that stand for a deep one of equal layers.
 SHALLOW = (2, 3)
 
@@ -300,43 +269,6 @@ class ConfigCounter:
             first, second = ((size, self.count(Row(size, shape))) for size in (2 * shape.tokens, 4 * shape.tokens))
             self._lines[shape] = ActivationModel.through(first, second)
         return self._lines[shape]
-
-
-def cpu_head_workspace(hidden: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> int:
-    """What `linear_logprob` takes within itself on a CPU: the tile, its copy as the GEMM's operand where the dtype is
-    another one, and the rows at work. The tile's size is the planner's upper bound, as the cache is not known."""
-    item, rows = weight.element_size(), min(len(hidden), MAX_ROWS)
-    columns = min(MAX_COLUMNS, len(weight))
-    tile = min(4 * rows * columns, int(MAX_CACHE * TILE_SHARE))
-    converted = 0 if item == 4 else tile * item // 4 + 4 * rows * hidden.shape[1]
-    return tile + converted
-
-
-def gpu_head_workspace(hidden: Tensor, weight: Tensor, bias: Tensor | None, *options: Any, workspace: int) -> int:
-    """The same on a GPU, for a workspace of so many bytes: exponentials of a chunk, accumulator and partial sums of the
-    fused product, without a gradient the sums alone; for float32 a tile of the separate fold.
-
-    options: of the operator; without them, those of a policy's pass.
-    """
-    rows, (vocab, width), item = len(hidden), weight.shape, min(hidden.element_size(), weight.element_size())
-    if item == 4:
-        return plan_gpu_tiles(rows, vocab, newer=True, itemsize=item, workspace=workspace).bytes()
-    unit_gradient = bool(options[_UNIT_GRADIENT]) if options else True
-    plan = plan_fused(rows, vocab, item, workspace, unit_gradient=unit_gradient)
-    return plan.bytes(vocab, width, item, unit_gradient=unit_gradient)
-
-
-def trained_head_workspace(
-    head: Callable[..., int], grad: Tensor, lse: Tensor, logps: Tensor, hidden: Tensor, weight: Tensor, *options: Any
-) -> int:
-    """A trained head's backward: no more than a forward's workspace for its tiles, and the float32 sums of the hidden
-    states' gradient and of one slice of the weight's."""
-    return head(hidden, weight, None) + 4 * (hidden.numel() + min(GPU_COLUMNS, len(weight)) * weight.shape[1])
-
-
-def head_workspace_of(*, on_gpu: bool, workspace: int) -> Callable[..., int]:
-    """The function of the two above that serves a device."""
-    return partial(gpu_head_workspace, workspace=workspace) if on_gpu else cpu_head_workspace
 
 
 def _autocast(dtype: torch.dtype | None) -> AbstractContextManager[Any]:

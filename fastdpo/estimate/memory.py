@@ -27,10 +27,11 @@ from fastdpo.estimate.activations import (
     PairShape,
     Row,
     Training,
-    head_workspace_of,
 )
 from fastdpo.estimate.architectures import StoredWeights
 from fastdpo.estimate.skeleton import Skeleton, quantization_constants, resident_bytes
+from fastdpo.training.memory.head_workspace import head_workspace_of
+from fastdpo.training.memory.host import HEAP_SHARE
 from fastdpo.training.memory.plan import SCORING_BUDGET_FACTOR
 
 MIB = 2**20
@@ -38,9 +39,6 @@ MIB = 2**20
 GPU_RUNTIME = 600 * MIB
 #: Share of what comes and goes that the caching allocator loses to fragments. Assumed, never measured.
 GPU_FRAGMENTS = 0.1
-#: The same for glibc's heap, where its thresholds are not fixed (`training.memory.host`). Measured once, on three
-#: trainings of SmolLM2-135M with 384 tokens (0.9 to 1.1); it differs from run to run.
-HEAP_SHARE = 1.0
 #: Parts that exist once a model is loaded.
 _LOADED = ("runtime", "weights", "quantisation constants")
 #: Largest budgets and lengths are found to this many tokens; the shortest pair that is tried.

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedCon
 from fastdpo.training.memory.plan import enable_checkpointing
 from fastdpo.training.models.dropout import disable_dropout
 from fastdpo.training.models.loading import lora_config, quantization_config
-from fastdpo.training.options.config import ModelConfig
+from fastdpo.training.options import ModelConfig
 from fastdpo.training.rows.choice import obstacle, segment_obstacle
 from fastdpo.training.scoring.head import Head, find_head
 

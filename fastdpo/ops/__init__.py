@@ -1,5 +1,6 @@
-"""The operators behind the public functions, as `torch.ops.fastdpo.*`.
+"""The operators behind the public functions, as `torch.ops.fastdpo.*`: one folder per operation.
 
-Each module holds one operator: its schema, its fake (which validates), its autograd, and where its implementations
-are. `registry` joins these to torch.library.
+Its kernels, test and benchmark bear the same name. In each folder `operators` holds schemas, fakes (which validate) and
+autograd, and names the implementations. `registry` joins these to torch.library; `backends` says which can run here;
+`targets` checks target ids. Upper floors import from these modules, so that none costs its import unused.
 """

@@ -50,7 +50,7 @@ def define(
                 stack.enter_context(torch.cuda.device_of(first))
             if torch.is_autocast_enabled(device):  # its lists of operations would round what is computed in float32
                 stack.enter_context(torch.autocast(device, enabled=False))
-            return _load(implementations[backend])(*inputs)
+            return implementation(implementations[backend])(*inputs)
 
     torch.library.impl(qualified, "default", call)
     torch.library.register_fake(qualified, fake)
@@ -67,6 +67,7 @@ def _refuse(name: str) -> Callable[..., Any]:
 
 
 @functools.cache
-def _load(path: str) -> Callable[..., Any]:
+def implementation(path: str) -> Callable[..., Any]:
+    """The function at "module:function", imported on first use; every call of an operator goes through here."""
     module, _, function = path.partition(":")
     return getattr(importlib.import_module(module), function)

@@ -10,6 +10,11 @@
 
 Neither the cut into micro-batches nor the number of ranks changes the gradients. So memory that runs out on any rank
 makes all of them start again with less at once: from the same statistics, the same random numbers and no gradients.
+
+The host waits for the device twice: for the examples that a plan keeps, where there is one, and for the last look. All
+else that says what to launch is the host's own. Several ranks also wait where they have to agree: on memory that ran
+out, on dropout with coupled examples, and with FSDP on the number of passes. With one row per answer, transformers
+looks in each forward whether rows hold several sequences, which waits too.
 """
 
 from __future__ import annotations

@@ -1,20 +1,9 @@
-"""`FastDPOTrainer`: transformers' Trainer as a shell around parts that are given to one another.
+"""`FastDPOTrainer`: transformers' Trainer as a shell. It builds the parts of a run and forwards its hooks to them.
 
 One dataloader batch is one optimizer batch: `training_step` hands it to `fastdpo.training.step`, which scores, plans,
-trains and sums, in micro-batches of its own:
-1. the reference scores the examples whose log-probs under it are not known yet;
-2. where the loss couples the examples (dynamic β, the filter, sorted losses), the policy scores all of them too, and β,
-   the filter and c = dL/dlogp of every example follow from the whole batch of all ranks;
-3. the kept examples are trained on by backpropagating Σ stop_grad(c)·logp, micro-batch by micro-batch;
-4. gradients are summed over ranks once.
-The update therefore depends neither on the cut nor on the number of ranks, and a step that runs out of memory is
-repeated with a finer cut.
-
-The host waits for the device twice: for the examples that a plan keeps, where there is one, and for the loss at the
-end, with which new reference log-probs come. All else that says what to launch is the host's own. Several ranks also
-wait where they have to agree: on memory that ran out, on dropout with coupled examples, and with FSDP on the number of
-passes. With one row per answer, transformers looks in each forward whether rows hold several sequences, which waits
-too.
+trains and sums, in micro-batches of its own. Evaluation gathers the scores of every example through transformers' loop
+and computes loss and metrics once, over all of them: the figures depend neither on the evaluation batch nor on the
+ranks, and no statistic is touched.
 """
 
 from __future__ import annotations
@@ -26,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import (
@@ -44,7 +33,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from fastdpo.data import TokenizationReport
 from fastdpo.loss.dynamic_beta import DynamicBeta
 from fastdpo.ops.backends import resolve_backend
-from fastdpo.training.memory import MemoryPlan, MemoryTrial
+from fastdpo.training.datasets import Tokenization
 from fastdpo.training.models.quantized import is_quantized
 from fastdpo.training.models.setup import (
     check_offloading,
@@ -53,13 +42,11 @@ from fastdpo.training.models.setup import (
     prepare_models,
     resolve_tokenizer,
 )
-from fastdpo.training.models.sharded import Sharding, reshard, use_on_cpus
-from fastdpo.training.objectives import Objective, PreferenceObjective
-from fastdpo.training.objectives.objective import Plan
+from fastdpo.training.models.sharded import reshard, use_on_cpus
+from fastdpo.training.objectives import Objective, Plan, PreferenceObjective
 from fastdpo.training.options import FastDPOConfig
-from fastdpo.training.ranks import Ranks
-from fastdpo.training.reference import ReferenceCache, ReferencePolicy, ReferenceStore, reference_identity
-from fastdpo.training.rows import GlobalBatch, LayoutChoice, MicroBatch, TokenBatch
+from fastdpo.training.parts import Parts
+from fastdpo.training.rows import GlobalBatch
 from fastdpo.training.rows.attention import prepare_deterministic
 from fastdpo.training.runs import artifacts
 from fastdpo.training.runs.callbacks import (
@@ -69,11 +56,8 @@ from fastdpo.training.runs.callbacks import (
     StopSignals,
     TrainingInterrupted,
 )
-from fastdpo.training.runs.curves import plot_curves
 from fastdpo.training.runs.nonfinite import NonFiniteLossError, stop_on_nonfinite
-from fastdpo.training.runs.saving import Checkpoints
-from fastdpo.training.scoring import BatchScores, CompletionScorer, Passes, Scores
-from fastdpo.training.step import OptimizerStep
+from fastdpo.training.scoring import Scores
 
 __all__ = ["FastDPOTrainer", "NonFiniteLossError"]
 
@@ -137,24 +121,40 @@ class FastDPOTrainer(Trainer):
         model, ref_model = prepare_models(model, ref_model, args, quantization_config, peft_config)
         check_offloading(args)
         self.config, self.tokenizer = args, resolve_tokenizer(processing_class, model)
-        #: Data set → what tokenisation kept, dropped and cut.
-        self.tokenization: dict[str, TokenizationReport] = {}
+        folded = fold_accumulation(args)
+        self.objective = PreferenceObjective(folded) if objective is None else objective
+        self.tokenize = Tokenization(self.objective, self.tokenizer, args)
         #: Final figures, for the model card.
         self.results: dict[str, Any] = {}
-        self.objective = PreferenceObjective(args) if objective is None else objective
         super().__init__(
             model=model,
-            args=fold_accumulation(args),
+            args=folded,
             data_collator=self.objective.collator,
             train_dataset=self.tokenize(train_dataset, "train"),
-            eval_dataset=self.tokenize_each(eval_dataset, "eval"),
+            eval_dataset=self.tokenize(eval_dataset, "eval"),
             processing_class=self.tokenizer,
             compute_metrics=self.evaluation_metrics,
             callbacks=list(callbacks or []),
             optimizers=optimizers,
         )
-        self._build_parts(ref_model)
+        if self.is_deepspeed_enabled:
+            raise ValueError("DeepSpeed is not supported; shard with FSDP2 (fsdp=True), or launch with torchrun.")
+        if ref_model is not None and not is_quantized(ref_model) and not self.is_fsdp_enabled:
+            self._move_model_to_device(ref_model, self.args.device)
+        self.parts = Parts.build(
+            self.model,
+            ref_model,
+            self.tokenizer,
+            self.args,
+            self.objective,
+            self.accelerator,
+            sharded=self.is_fsdp_enabled,
+        )
         self.model.add_model_tags(list(self._tag_names))
+        self._pending_plan: Plan | None = None
+        self._step_metrics: dict[str, list[float]] = defaultdict(list)
+        self._parameter_count = self.model.num_parameters(exclude_embeddings=True)
+        self.stop_signals = StopSignals(self.parts.ranks)
         self.add_callback(self.stop_signals)
         self.add_callback(CommitStatistics(self.commit_plan))
         self.add_callback(PrecomputeReference(self.precompute_reference))
@@ -162,44 +162,10 @@ class FastDPOTrainer(Trainer):
             self.remove_callback(ProgressCallback)
             self.add_callback(PreferenceProgress())
 
-    def _build_parts(self, ref_model: PreTrainedModel | None) -> None:
-        """The parts of a run, from the ground up; each gets what it needs."""
-        args, objective, autocast = self.args, self.objective, self.accelerator.autocast
-        self.ranks = Ranks(args.process_index, args.world_size, args.device)
-        self.sharding = Sharding(self.accelerator, self.is_fsdp_enabled, self.ranks)
-        if self.is_deepspeed_enabled:
-            raise ValueError("DeepSpeed is not supported; shard with FSDP2 (fsdp=True), or launch with torchrun.")
-        self.sharding.check(self.model)
-        if ref_model is not None and not is_quantized(ref_model) and not self.is_fsdp_enabled:
-            self._move_model_to_device(ref_model, args.device)
-        self.reference = ReferencePolicy(self.model, ref_model)
-        if self.is_fsdp_enabled:
-            self.reference.agree_on_fingerprint(self.ranks)
-        self.scorer = CompletionScorer(
-            objective.token_weights, objective.statistics, args.backend, args.head_workspace_bytes
-        )
-        self.memory = MemoryPlan(args, self.model, self.ranks, repeats=not self.is_fsdp_enabled)
-        models = [self.model] if ref_model is None else [self.model, ref_model]
-        self.layouts = LayoutChoice(args, self.scorer, models, self.ranks, autocast)
-        kept = args.reference != "online" and objective.needs_reference
-        identity = reference_identity(self.reference, self.tokenizer, args, objective.weighting()) if kept else {}
-        self.reference_cache = ReferenceCache(identity, objective.completions)
-        self.references = ReferenceStore(self.reference_cache, args, self.ranks, needed=objective.needs_reference)
-        self.passes = Passes(
-            self.model, self.reference, self.scorer, self.layouts, self.memory, self.sharding, autocast
-        )
-        self.batch_scores = BatchScores(self.passes, self.references)
-        self.trial = MemoryTrial(
-            args, self.model, self.memory, self.layouts, self.make_batch, self._score_only, self._train_for_nothing
-        )
-        self.optimizer_step = OptimizerStep(
-            objective, self.passes, self.batch_scores, self.references, args, self.ranks, self.accelerator.backward
-        )
-        self.checkpoints = Checkpoints(args, self.ranks, self.reference, objective.modules(), objective.fixed_options())
-        self.stop_signals = StopSignals(self.ranks)
-        self._pending_plan: Plan | None = None
-        self._step_metrics: dict[str, list[float]] = defaultdict(list)
-        self._parameter_count = self.model.num_parameters(exclude_embeddings=True)
+    @property
+    def tokenization(self) -> dict[str, TokenizationReport]:
+        """Data set → what tokenisation kept, dropped and cut."""
+        return self.tokenize.reports
 
     @property
     def dynamic_beta(self) -> DynamicBeta | None:
@@ -219,32 +185,6 @@ class FastDPOTrainer(Trainer):
         finally:
             self.accelerator.device_placement = own
 
-    def tokenize_each(self, dataset: Any, name: str) -> Any:
-        """`tokenize` of a data set, or of each in a dict of them."""
-        if isinstance(dataset, dict):
-            return {key: self.tokenize(value, f"{name}_{key}") for key, value in dataset.items()}
-        return self.tokenize(dataset, name)
-
-    def tokenize(self, dataset: Dataset | None, name: str) -> Dataset | None:
-        """Token ids of a data set; one of token ids is checked and passed through."""
-        if dataset is None:
-            return None
-        if isinstance(dataset, IterableDataset):
-            raise TypeError(
-                f"{name}_dataset is a streaming IterableDataset, which cannot be shuffled, counted or resumed exactly. "
-                "Load it without streaming=True, or materialise a part with Dataset.from_list(list(stream.take(n)))."
-            )
-        with self.config.main_process_first(desc=f"tokenising the {name} pairs"):
-            tokenised, report = self.objective.tokenize(dataset, self.tokenizer, self.config)
-        if report is not None:
-            self.tokenization.setdefault(name, report)  # what came from text; a second pass finds nothing to drop
-            logger.info("%s pairs: %s", name, report.summary())
-        return tokenised
-
-    def make_batch(self, rows: list[dict[str, Any]]) -> TokenBatch:
-        """Rows of a tokenised data set, as a batch of this run's device."""
-        return self.objective.batch(self.data_collator(rows), self.args.device)
-
     # Training
 
     def training_step(
@@ -255,14 +195,14 @@ class FastDPOTrainer(Trainer):
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             self.optimizer.train()
         batch = self.objective.batch(inputs, self.args.device)
-        window = GlobalBatch(len(batch), self.ranks, self._real_examples(len(batch)))
-        self.layouts.settle(batch)
-        self.trial.settle(self.train_dataset)
-        result = self.optimizer_step(batch, window)
-        figures = self.optimizer_step.read(result, batch, with_norm=self.accelerator.scaler is None)
+        window = GlobalBatch(len(batch), self.parts.ranks, self._real_examples(len(batch)))
+        self.parts.layouts.settle(batch)
+        self.parts.trial.settle(self.train_dataset)
+        result = self.parts.step(batch, window)
+        figures = self.parts.step.read(result, batch, with_norm=self.accelerator.scaler is None)
         if not figures.finite:
             stop_on_nonfinite(
-                self.args, self.ranks, self.state.global_step + 1, figures.loss_value, figures.grad_norm,
+                self.args, self.parts.ranks, self.state.global_step + 1, figures.loss_value, figures.grad_norm,
                 self.objective.named(result.everyone), batch.example_ids,
             )  # fmt: skip
         for name, value in figures.metrics.items():
@@ -280,15 +220,6 @@ class FastDPOTrainer(Trainer):
         last = len(self.train_dataset) % (self.args.train_batch_size * self.args.world_size)
         return last or total
 
-    def _score_only(self, micro: MicroBatch) -> None:
-        """One micro-batch of the policy without gradients."""
-        with torch.no_grad():
-            self.passes.forward(self.model, micro)
-
-    def _train_for_nothing(self, micro: MicroBatch) -> None:
-        """One micro-batch of the policy forward and backward, of weight zero."""
-        self.accelerator.backward(0.0 * self.passes.forward(self.model, micro).logps.sum())
-
     def discard_step(self) -> None:
         """Forget a training step that no optimizer step follows: its gradients, its plan and its metrics."""
         self.model.zero_grad()
@@ -303,10 +234,10 @@ class FastDPOTrainer(Trainer):
 
     def precompute_reference(self) -> None:
         """With reference="precompute", compute what is missing of the training set's reference log-probs."""
-        if self.args.reference == "precompute" and self.references.keeps:
-            self.references.fill(
+        if self.args.reference == "precompute" and self.parts.references.keeps:
+            self.parts.references.fill(
                 self.train_dataset,
-                lambda rows: self.batch_scores.keep_reference(self.make_batch(rows)),
+                lambda rows: self.parts.batch_scores.keep_reference(self.objective.batch_of(rows, self.args.device)),
                 lambda: self.stop_signals.agreed() is not None,
             )
 
@@ -320,14 +251,14 @@ class FastDPOTrainer(Trainer):
 
         Raises CheckpointError (an unusable output folder or checkpoint), NonFiniteLossError or TrainingInterrupted.
         """
-        resume = self.checkpoints.claim(resume_from_checkpoint)
-        self.references.load()
+        resume = self.parts.checkpoints.claim(resume_from_checkpoint)
+        self.parts.references.load()
         self.stop_signals.install()
         try:
             result = super().train(resume_from_checkpoint=resume, **kwargs)
         finally:
             self.stop_signals.restore()
-        self.references.save()
+        self.parts.references.save()
         return result
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
@@ -352,20 +283,19 @@ class FastDPOTrainer(Trainer):
 
     def shard(self) -> None:
         """Shard model and reference over ranks, once; training and evaluation call it before their first forward."""
-        if self.sharding.is_due(self.model):
+        if self.parts.sharding.is_due(self.model):
             self.create_optimizer()
-            self.optimizer = self.sharding.shard(self.model, self.optimizer)
+            self.optimizer = self.parts.sharding.shard(self.model, self.optimizer)
             self.model_wrapped = self.model
-            self.reference.shard(self.sharding)
-            self.sharding.settle_dtypes(self.model)
+            self.parts.reference.shard(self.parts.sharding)
+            self.parts.sharding.settle_dtypes(self.model)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         self.shard()
         reshard(self.model)  # accelerate looks for the optimizer's parameters in the model once more
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
-    # Evaluation: the scores of every example are gathered through transformers' loop, and loss and metrics computed
-    # once, over all of them: the figures depend neither on the evaluation batch nor on the ranks
+    # Evaluation
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers', on the sharded model."""
@@ -381,7 +311,7 @@ class FastDPOTrainer(Trainer):
     ) -> tuple[None, Tensor, Tensor]:
         """No loss yet, the scores of the examples (`Scores.stack`), and a placeholder for labels (B,)."""
         batch = self.objective.batch(inputs, self.args.device)
-        return None, self.batch_scores.evaluated(batch), batch.lengths()[0]
+        return None, self.parts.batch_scores.evaluated(batch), batch.lengths()[0]
 
     def evaluation_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Loss and metrics over all evaluation examples, from their gathered scores."""
@@ -398,7 +328,7 @@ class FastDPOTrainer(Trainer):
     ) -> dict[str, float]:
         """Loss and metrics over whole data sets (default: `eval_dataset`), at β0, without touching any statistic."""
         if isinstance(eval_dataset, (Dataset, dict)):
-            eval_dataset = self.tokenize_each(eval_dataset, metric_key_prefix)
+            eval_dataset = self.tokenize(eval_dataset, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(
@@ -417,7 +347,7 @@ class FastDPOTrainer(Trainer):
         step = self.state.global_step
         run_dir = Path(self._get_output_dir(trial=trial))
         final = run_dir / f"checkpoint-{step}"
-        staging = self.checkpoints.begin(run_dir, step)
+        staging = self.parts.checkpoints.begin(run_dir, step)
         if self.hp_search_backend is None and trial is None:
             self.store_flos()
         self.save_model(str(staging), _internal_call=True)
@@ -429,8 +359,8 @@ class FastDPOTrainer(Trainer):
             self._save_optimizer_and_scheduler(str(staging))
             self._save_scaler(str(staging))
             self._save_rng_state(str(staging))
-        self.checkpoints.finish(staging, final, self.state, [*self.callback_handler.callbacks, self.control])
-        self.references.save()
+        self.parts.checkpoints.finish(staging, final, self.state, [*self.callback_handler.callbacks, self.control])
+        self.parts.references.save()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
         if self.args.should_save:
@@ -440,12 +370,12 @@ class FastDPOTrainer(Trainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
-        self.ranks.wait()
+        self.parts.ranks.wait()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.checkpoints.check(resume_from_checkpoint)
+        self.parts.checkpoints.check(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.checkpoints.load_modules(resume_from_checkpoint)
+        self.parts.checkpoints.load_modules(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         # transformers looks for adapters at the top of the folder only; peft keeps named ones one level below.
@@ -461,18 +391,13 @@ class FastDPOTrainer(Trainer):
         results: final figures, stored in metrics.json beside the log. options: further options for run.yaml.
         Returns the files written; none on other processes than the main one.
         """
-        written: list[Path] = []
-        self.results = results
+        self.results, written = results, []
         if self.is_world_process_zero():
-            folder, history = Path(self.args.output_dir), self.state.log_history
-            written = [
-                artifacts.write_metrics(folder, history, results),
-                artifacts.write_options(folder, self.config, options or {}),
-            ]
+            written = artifacts.write_figures(
+                Path(self.args.output_dir), self.state.log_history, results, self.config, options or {}
+            )
             self.create_model_card()
-            written.append(folder / artifacts.CARD_FILE)
-            if plot_curves(history, folder / artifacts.CURVES_FILE):
-                written.append(folder / artifacts.CURVES_FILE)
+            written.insert(2, Path(self.args.output_dir) / artifacts.CARD_FILE)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="End of training")
         return written

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cases, contenders, memory, peers, report, scaling, timing
+from benchmarks import cases, contenders, linear_preference_loss, report, timing
 from benchmarks.cases import HeadCase, HeadInputs, PairInputs
+from benchmarks.linear_logprob import memory, scaling
 from benchmarks.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +37,7 @@ def test_command_writes_figures_of_every_section(tmp_path: Path) -> None:
 
 
 def test_peers_agree_with_float64_on_a_tiny_batch() -> None:
-    figures = peers.run(Settings(threads=1, repeats=2, tiny=True))
+    figures = linear_preference_loss.run(Settings(threads=1, repeats=2, tiny=True))
     errors = [figure for figure in figures if figure.measured.endswith(": error")]
     assert {"fastdpo: error", "full logits: error"} <= {figure.measured for figure in errors}
     assert all(figure.met for figure in errors)
@@ -46,9 +47,11 @@ def test_a_peer_that_computes_something_else_is_not_timed_against(monkeypatch: p
     def without_reference(x: PairInputs) -> contenders.Outcome:
         return contenders.full_logits_pairs(PairInputs(x.hidden, x.hidden.detach(), x.weight, x.targets, x.beta))
 
-    monkeypatch.setattr(peers, "PEERS", {"other": peers.Peer(without_reference, 3, True)})
+    monkeypatch.setattr(
+        linear_preference_loss, "PEERS", {"other": linear_preference_loss.Peer(without_reference, 3, True)}
+    )
     with pytest.raises(ValueError, match="other differs from float64"):
-        peers.run(Settings(repeats=2, tiny=True))
+        linear_preference_loss.run(Settings(repeats=2, tiny=True))
 
 
 def test_contenders_take_turns_until_their_seconds_are_spent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import torch
 import fastdpo
 from benchmarks.gpu import checks
 from benchmarks.gpu.checks import Error
-from benchmarks.gpu.loss import Step, captured
+from benchmarks.gpu.preference_loss import Step, captured
 from benchmarks.gpu.sizes import REAL, TOY, HeadCheck, Sizes
 from fastdpo.formulas.losses import LOSSES
 from fastdpo.ops.linear_logprob.tiles import plan_fused

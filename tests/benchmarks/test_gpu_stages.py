@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from benchmarks import cases, contenders, timing
-from benchmarks.gpu import NO_CARD, ceilings, peers, probe, runner, training
+from benchmarks.gpu import NO_CARD, ceilings, probe, runner, training
 from benchmarks.gpu import __main__ as command
+from benchmarks.gpu.linear_logprob import peers
 from benchmarks.gpu.report import Report, Skipped
 from benchmarks.gpu.runner import STAGES, Runner, Stage
 from benchmarks.gpu.sizes import REAL, TOY

@@ -11,8 +11,9 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks import gpu_static, launches
+from benchmarks import launches
 from benchmarks.cases import HeadCase
+from benchmarks.linear_logprob import gpu_static
 from fastdpo.ops.linear_logprob.operators import linear_logprob
 from fastdpo.ops.linear_logprob.tiles import WORKSPACE
 
@@ -28,7 +29,7 @@ def test_budgets() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     listed = json.loads(done.stdout)
-    assert len(listed) == len(gpu_static.CARDS) * len(gpu_static.CASES)
+    assert len(listed) == len(gpu_static.CARDS) * len(gpu_static.GPU_HEADS)
     assert all(set(each) >= FIELDS and each["model"] is True for each in listed)
     found = {(each["card"], each["rows"], each["hidden"], each["vocab"]): each for each in listed}
     for card, bound in (("H100", 1.25), ("RTX 4090", 1.1)):

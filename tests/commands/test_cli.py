@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from fastdpo.commands.cli import COMMANDS, main
 from fastdpo.commands.options import OptionError, make_parser, parse
+from fastdpo.demo.run import DemoConfig
 from fastdpo.training.options.config import DataConfig, FastDPOConfig, ModelConfig
 
 
@@ -206,3 +207,15 @@ def test_help_of_a_command(argv: list[str], capsys: pytest.CaptureFixture[str]) 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
     assert "is no command; there are " + ", ".join(COMMANDS) in capsys.readouterr().err
+
+
+def test_info_takes_no_argument(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "everything"]) == 2
+    assert capsys.readouterr().out.startswith("usage: fastdpo info")
+
+
+def test_demo_runs_with_the_options_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[DemoConfig] = []
+    monkeypatch.setattr("fastdpo.commands.demo.run", seen.append)
+    assert main(["demo", "--pairs", "3", "--minutes", "1.5"]) == 0
+    assert seen == [DemoConfig(pairs="3", minutes=1.5)]

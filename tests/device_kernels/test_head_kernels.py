@@ -13,14 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdpo_kernels import device_math
-from fastdpo_kernels.linear_logprob.fold import (
-    MAX_COLUMNS,
-    RowState,
-    finish_unit_gradient_,
-    fold_,
-    logit_gradient_,
-    rescale_rows_,
-)
+from fastdpo_kernels.linear_logprob.fold import MAX_COLUMNS, RowState, fold_
+from fastdpo_kernels.linear_logprob.logit_gradient import logit_gradient_
+from fastdpo_kernels.linear_logprob.unit_gradient import finish_unit_gradient_, rescale_rows_
 
 STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 HIDDEN = 5

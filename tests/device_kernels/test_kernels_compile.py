@@ -116,10 +116,10 @@ SPECS = {
         shared=64,
     ),
     "rescale": Spec(
-        "linear_logprob.fold:_rescale_rows_kernel", {"BLOCK": 1024}, HEAD_TYPES, wide_loads=2, wide_stores=2
+        "linear_logprob.unit_gradient:_rescale_rows_kernel", {"BLOCK": 1024}, HEAD_TYPES, wide_loads=2, wide_stores=2
     ),
     "finish": Spec(
-        "linear_logprob.fold:_finish_unit_gradient_kernel",
+        "linear_logprob.unit_gradient:_finish_unit_gradient_kernel",
         {"BLOCK": 1024, "stride_weight_column": 1},  # as Triton specialises the argument for a contiguous weight
         HEAD_TYPES,
         wide_loads=3,
@@ -127,7 +127,7 @@ SPECS = {
         shared=4 * 1024,
     ),
     "logit gradient": Spec(
-        "linear_logprob.fold:_logit_gradient_kernel",
+        "linear_logprob.logit_gradient:_logit_gradient_kernel",
         {"CAPPED": True, "BLOCK": 1024, "bias_ptr": None},
         {**HEAD_TYPES, "out_ptr": "*bf16"},
         wide_loads=2,

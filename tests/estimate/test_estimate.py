@@ -18,22 +18,23 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from fastdpo.commands.cli import main
-from fastdpo.commands.estimate import Estimate, EstimateConfig
 from fastdpo.estimate.activations import (
     ConfigCounter,
     PairShape,
     Row,
     Training,
     count_live,
-    gpu_head_workspace,
     micro_batch,
 )
 from fastdpo.estimate.architectures import find_config, known_architectures
 from fastdpo.estimate.devices import GPUS
 from fastdpo.estimate.memory import MemoryEstimator, Run, Surroundings
+from fastdpo.estimate.options import EstimateConfig
+from fastdpo.estimate.prediction import Estimate
 from fastdpo.estimate.skeleton import Skeleton, is_4bit, quantization_constants, resident_bytes
 from fastdpo.estimate.timing import time_micro_batch
 from fastdpo.training.memory.counting import LiveBytes, flash_backward_workspace, gemm_4bit_workspace
+from fastdpo.training.memory.head_workspace import gpu_head_workspace
 from fastdpo.training.memory.plan import checkpointing_name, enable_checkpointing
 from fastdpo.training.models.loading import lora_config
 from fastdpo.training.options import ModelConfig

@@ -24,7 +24,8 @@ from fastdpo.ops.linear_logprob.tiles import WORKSPACE, plan_fused
 from fastdpo_kernels.linear_logprob import gemm as head_gemm
 from fastdpo_kernels.linear_logprob import merge as head_merge
 from fastdpo_kernels.linear_logprob import tiles as head_tiles
-from fastdpo_kernels.linear_logprob.gemm import LIFT_LIMIT, LogitScales, Partials, Reference
+from fastdpo_kernels.linear_logprob.gemm import LIFT_LIMIT, Partials, Reference
+from fastdpo_kernels.linear_logprob.scales import LogitScales
 from fastdpo_kernels.linear_logprob.tiles import INTERPRETED, TILES, Tile
 
 #: Error beyond plain torch's, relative to the largest value: of log-probs, of gradients.
@@ -386,8 +387,8 @@ def test_both_ways_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) ->
     fused = ours(data)
     monkeypatch.setenv("FASTDPO_HEAD", "separate")
     separate = ours(data)
-    policy = "tile_loop" if dtype == torch.float16 else "fused_head"
-    assert seen == [policy, "fused_head", "tile_loop", "tile_loop"]
+    policy = "tile_loop" if dtype == torch.float16 else "fused"
+    assert seen == [policy, "fused", "tile_loop", "tile_loop"]
     for one, other in zip(fused, separate, strict=True):
         assert (one.float() - other.float()).abs().max() <= 2 * SLACK[dtype][1] * other.abs().max()
 

@@ -38,7 +38,7 @@ def whole_batch(trainer: Any, loss: Callable[..., torch.Tensor]) -> dict[str, to
     trainer.model.train()
     trainer.model.zero_grad()
     with torch.no_grad():
-        ref = logps(trainer.reference.ref_model, chosen), logps(trainer.reference.ref_model, rejected)
+        ref = logps(trainer.parts.reference.ref_model, chosen), logps(trainer.parts.reference.ref_model, rejected)
     lengths = [torch.tensor([float(len(c)) for c in each]) for each in (chosen, rejected)]
     loss(logps(trainer.model, chosen), logps(trainer.model, rejected), *ref, lengths).backward()
     grads = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}

@@ -41,14 +41,14 @@ STEPS: dict[str, tuple[dict[str, Any], list[Event]]] = {
 
 def on_the_device(trainer: FastDPOTrainer) -> list[Tensor]:
     """What lies there before a step."""
-    found = [*trainer.model.parameters(), *trainer.model.buffers(), *trainer.reference.tensors()]
+    found = [*trainer.model.parameters(), *trainer.model.buffers(), *trainer.parts.reference.tensors()]
     return found if trainer.dynamic_beta is None else [*found, *trainer.dynamic_beta.buffers()]
 
 
 def watched(folder: Path, **options: Any) -> list[SyncWatch]:
     """A run of two epochs, two steps each; what the steps after the first did. Forwards are among the copies."""
     trainer = tiny.trainer(folder, data=tiny.pairs(16), max_steps=4, micro_batch_tokens="110", **options)
-    step, forward, watches = trainer.training_step, trainer.passes.forward, []
+    step, forward, watches = trainer.training_step, trainer.parts.passes.forward, []
 
     def forwarded(*args: Any, **kwargs: Any) -> Any:
         if watches:
@@ -62,7 +62,7 @@ def watched(folder: Path, **options: Any) -> list[SyncWatch]:
         with watches[-1]:
             return step(*args)
 
-    trainer.training_step, trainer.passes.forward = training_step, forwarded
+    trainer.training_step, trainer.parts.passes.forward = training_step, forwarded
     trainer.train()
     assert len(watches) == 3
     return watches

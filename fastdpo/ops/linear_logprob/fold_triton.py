@@ -10,7 +10,9 @@ from torch import Tensor
 
 from fastdpo.ops.linear_logprob.head import Head
 from fastdpo.ops.linear_logprob.row_sums import RowSums
-from fastdpo_kernels.linear_logprob import fold as kernels
+from fastdpo_kernels.linear_logprob.fold import RowState, fold_
+from fastdpo_kernels.linear_logprob.logit_gradient import logit_gradient_
+from fastdpo_kernels.linear_logprob.unit_gradient import finish_unit_gradient_, rescale_rows_
 
 
 class TritonFold:
@@ -22,19 +24,19 @@ class TritonFold:
         self.narrow: Tensor | None = None
 
     @functools.cached_property
-    def state(self) -> kernels.RowState:
+    def state(self) -> RowState:
         """Made with the first tile: gradients of the logits need none."""
-        return kernels.RowState.fresh(len(self.targets), self.targets.device, self.stats)
+        return RowState.fresh(len(self.targets), self.targets.device, self.stats)
 
     def absorb(self, tile: Tensor, first_column: int, *, operand: bool) -> Tensor | None:
         out = self._operand_buffer(tile) if operand else None
-        kernels.fold_(
+        fold_(
             tile, out, self.targets, self.head.bias, first_column, self.state, softcap=self.head.softcap, **self.scales
         )
         return out
 
     def rescale_(self, accumulator: Tensor) -> None:
-        kernels.rescale_rows_(accumulator, self.state.rescale)
+        rescale_rows_(accumulator, self.state.rescale)
 
     def sums(self) -> RowSums:
         state = self.state
@@ -49,11 +51,11 @@ class TritonFold:
         )
 
     def finish_gradient_(self, accumulator: Tensor) -> None:
-        kernels.finish_unit_gradient_(accumulator, self.head.weight, self.targets, self.state, **self.scales)
+        finish_unit_gradient_(accumulator, self.head.weight, self.targets, self.state, **self.scales)
 
     def logit_gradient(self, tile: Tensor, first_column: int, lse: Tensor, logps: Tensor, grad: Tensor) -> Tensor:
         out = self._operand_buffer(tile)
-        kernels.logit_gradient_(
+        logit_gradient_(
             tile,
             out,
             self.targets,

@@ -28,7 +28,8 @@ from fastdpo.ops.linear_logprob.head import Head
 from fastdpo.ops.linear_logprob.tiles import FusedPlan, plan_fused
 from fastdpo_kernels.linear_logprob import gemm as head_gemm
 from fastdpo_kernels.linear_logprob import merge as head_merge
-from fastdpo_kernels.linear_logprob.gemm import LogitScales, Partials, Reference
+from fastdpo_kernels.linear_logprob.gemm import Partials, Reference
+from fastdpo_kernels.linear_logprob.scales import LogitScales
 from fastdpo_kernels.linear_logprob.tiles import Tile
 
 #: Environment variable: "separate" has the separate fold serve everything, "fused" refuses what is not fused.

@@ -3,7 +3,8 @@
 Every operator's outputs pass through a dispatch mode. A storage counts from its first appearance until it is freed; one
 that an operator is given before any operator made it (a parameter, an input), or whose first appearance is a view (of a
 parameter that a fake mode has just given a fake storage), belongs to the caller and does not count.
-What an operator takes and frees within itself is invisible here, so operators with a large workspace are named below.
+What an operator takes and frees within itself is invisible here, so operators with a large workspace are named below,
+and the head's in `head_workspace`. Counts are linear in the tokens of a row of pairs of one shape: a `Line`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import math
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +26,28 @@ from torch.utils._pytree import tree_leaves
 _FLASH_BLOCK, _FLASH_DEPTH = 128, 32
 #: Operator → bytes that it takes within itself, from its arguments.
 Workspaces = Mapping[Any, Callable[..., int]]
+
+
+@dataclass(frozen=True)
+class Line:
+    """bytes = per_token · tokens + constant."""
+
+    per_token: float
+    constant: float
+
+    @classmethod
+    def through(cls, first: tuple[int, int], second: tuple[int, int]) -> Line:
+        """The line through two points (tokens, bytes)."""
+        slope = (second[1] - first[1]) / (second[0] - first[0])
+        return cls(slope, first[1] - slope * first[0])
+
+    def at(self, tokens: int) -> int:
+        """Bytes of so many tokens."""
+        return round(self.per_token * tokens + self.constant)
+
+    def tokens_within(self, limit: int) -> int:
+        """The most tokens whose bytes are within `limit`; 0 where even one token's are not."""
+        return max(0, int((limit - self.constant) / self.per_token))
 
 
 class LiveBytes(TorchDispatchMode):

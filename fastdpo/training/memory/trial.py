@@ -17,10 +17,9 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from fastdpo.estimate.activations import Line, cpu_head_workspace
-from fastdpo.estimate.memory import HEAP_SHARE
-from fastdpo.training.memory.counting import LiveBytes, workspaces
-from fastdpo.training.memory.host import map_large_blocks
+from fastdpo.training.memory.counting import Line, LiveBytes, workspaces
+from fastdpo.training.memory.head_workspace import cpu_head_workspace
+from fastdpo.training.memory.host import HEAP_SHARE, map_large_blocks
 from fastdpo.training.memory.plan import (
     ADVICE,
     SCORING_BUDGET_FACTOR,

@@ -1,6 +1,6 @@
 """What a run optimises: `Objective` is what a step asks for, `PreferenceObjective` is DPO and its family."""
 
-from fastdpo.training.objectives.objective import Coefficients, Objective
+from fastdpo.training.objectives.objective import Coefficients, Objective, Plan
 from fastdpo.training.objectives.preference import PairScores, PreferenceObjective
 
-__all__ = ["Coefficients", "Objective", "PairScores", "PreferenceObjective"]
+__all__ = ["Coefficients", "Objective", "PairScores", "Plan", "PreferenceObjective"]

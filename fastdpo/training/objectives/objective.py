@@ -19,7 +19,7 @@ loss depends on that example alone (and on the batch by what the mean divides by
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -120,6 +120,10 @@ class Objective(ABC):
         prompts, *completions = (features[self.collator.key(name)] for name in ("prompt_ids", *self.completion_columns))
         examples = [Example(prompt, tuple(ids)) for prompt, *ids in zip(prompts, *completions, strict=True)]
         return TokenBatch(examples, features["example_ids"], device)
+
+    def batch_of(self, rows: Sequence[Mapping[str, Any]], device: torch.device) -> TokenBatch:
+        """Rows of a tokenised data set as a batch."""
+        return self.batch(self.collator(rows), device)
 
     # What is scored
 

@@ -28,7 +28,7 @@ from filelock import FileLock
 from safetensors.numpy import save as to_safetensors
 from torch import Tensor
 
-from fastdpo.training.runs.checkpoint import flush
+from fastdpo.training.durable import flush
 
 logger = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel, TrainerState
 
 from fastdpo.training.options.config import FastDPOConfig
+from fastdpo.training.runs.curves import plot_curves
 from fastdpo.version import __version__
 
 METRICS_FILE, CURVES_FILE, OPTIONS_FILE, CARD_FILE = "metrics.json", "curves.png", "run.yaml", "README.md"
@@ -55,20 +56,21 @@ class Facts:
     sources: Sequence[tuple[str, str]] = ()
 
 
-def write_metrics(folder: Path, history: list[dict[str, Any]], results: dict[str, Any]) -> Path:
-    """metrics.json: the trainer's log, and the final figures beside it."""
-    metrics = {"fastdpo": __version__, "results": results, "log": history}
-    path = folder / METRICS_FILE
-    path.write_text(json.dumps(metrics, indent=1, default=float), encoding="utf-8")
-    return path
-
-
-def write_options(folder: Path, config: FastDPOConfig, others: dict[str, Any]) -> Path:
-    """run.yaml: `others` and the training options, so that the file can be given to `fastdpo train`."""
-    path = folder / OPTIONS_FILE
-    options = {**others, **training_options(config)}
-    path.write_text(yaml.safe_dump(options, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    return path
+def write_figures(
+    folder: Path,
+    history: list[dict[str, Any]],
+    results: dict[str, Any],
+    config: FastDPOConfig,
+    others: dict[str, Any],
+) -> list[Path]:
+    """metrics.json, the trainer's log `history` and the final figures beside it; run.yaml, `others` and the training
+    options, so that it can be given to `fastdpo train`; the curves. Returns the files written."""
+    metrics, options, curves = (folder / name for name in (METRICS_FILE, OPTIONS_FILE, CURVES_FILE))
+    content = {"fastdpo": __version__, "results": results, "log": history}
+    metrics.write_text(json.dumps(content, indent=1, default=float), encoding="utf-8")
+    chosen = {**others, **training_options(config)}
+    options.write_text(yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return [metrics, options, *([curves] if plot_curves(history, curves) else [])]
 
 
 def training_options(config: FastDPOConfig) -> dict[str, Any]:

@@ -8,12 +8,12 @@ neither a kill in the middle of a save nor a truncated copy is ever trained on.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+from fastdpo.training.durable import flush
 from fastdpo.version import __version__
 
 MANIFEST = "fastdpo_checkpoint.json"
@@ -52,15 +52,6 @@ def publish(staging: Path, final: Path, state: dict[str, Any]) -> None:
     else:
         staging.rename(final)
     flush(final.parent)
-
-
-def flush(path: Path) -> None:
-    """Have the disk hold the file, or the folder's list of names, at `path`."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:

@@ -1,21 +1,17 @@
-"""What is folded out of a tile of head logits: online softmax statistics, unit gradients, gradients of the logits.
+"""The online fold of a tile of head logits: softmax statistics per row, and exponentials for the gradient's GEMM.
 
 A GEMM outside gives x = hidden W_tileᵀ, an (R, C) float32 tile of raw logits for C columns of the vocabulary. With
     r = (x + bias)·logit_scale,   z = cap·tanh(r/cap)/temperature   (or r/temperature without a cap),
-each row keeps, over all tiles so far, a peak m and Σ_v≠y exp(z − m), z at the target y, and the statistics' sums.
+each row keeps, over all tiles so far, a peak m and Σ_v≠y exp(z − m), z at the target y, and the statistics' sums:
+`fold_` takes x into that state, and writes P = exp(z − m)·(1 − tanh²), 0 at the target, for the GEMM  A += P W_tile.
 m is raised only when a tile's maximum exceeds it by more than `threshold`, so that what was accumulated is seldom
 rescaled and no exponential exceeds e^threshold (Milakov & Gimelshein 2018, 1805.02867, with a lazy maximum).
-
-    fold_                  x → state, and P = exp(z − m)·(1 − tanh²), 0 at the target, for the GEMM  A += P W_tile
-    rescale_rows_          A_t ← rescale_t·A_t, the rows whose peak was raised
-    finish_unit_gradient_  A_t ← dlogp_t/dh_t = (1 − p_ty)·dz/dx[y]·W[y] − logit_scale/temperature·A_t/Σ_v exp(z − m)
-    logit_gradient_        x → dL/dx = grad_t·(1[v = y_t] − exp(z − lse_t))·dz/dx, where the head is trained
+`unit_gradient` rescales A between tiles and finishes it.
 
 The target stays out of the sums and of P: 1 − p_y = Σ_v≠y exp(z − m)/Σ_v exp(z − m) is then no difference of nearly
 equal numbers where the row is confident, and nothing of it was rounded to 16 bits.
 
-Bytes per element of a tile: 4 read by `fold_`, and 4 or 2 written for the policy; as much for `logit_gradient_`.
-`finish_unit_gradient_`: 8 and an element of W per element of A. `rescale_rows_`: 8 in the rows that moved, else none.
+Bytes per element of a tile: 4 read, and 4 or 2 written for the policy.
 A row of a tile is one block, held in registers, so that its maximum is known before the first exponential.
 """
 
@@ -29,15 +25,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdpo_kernels.device_math import expm1, final_logit
+from fastdpo_kernels.device_math import final_logit
 from fastdpo_kernels.launch_checks import check_bias, check_rows, check_tile
+from fastdpo_kernels.linear_logprob.scales import LogitScales
 
 #: Widest tile: at 16,384 columns a program with a cap and all statistics spills registers.
 MAX_COLUMNS = 8192
 #: (widest block, warps). 16 elements per thread: four 128-bit loads, enough registers for all sums.
 _WARPS = ((512, 1), (1024, 2), (2048, 4), (4096, 8), (MAX_COLUMNS, 16))
-#: Block over the hidden size, or over columns where elements are independent: two 128-bit accesses per thread.
-_BLOCK, _BLOCK_WARPS = 1024, 4
 
 
 class RowState(NamedTuple):
@@ -80,7 +75,7 @@ class RowState(NamedTuple):
         )
 
 
-# Kernels
+# Kernel
 
 
 @triton.jit
@@ -164,98 +159,7 @@ def _fold_kernel(
         tl.store(probs_ptr + row * stride_probs + column, out, mask=inside)
 
 
-@triton.jit
-def _rescale_rows_kernel(
-    accumulator_ptr: tl.tensor,
-    rescale_ptr: tl.tensor,
-    hidden: tl.tensor,
-    stride_accumulator: tl.tensor,
-    BLOCK: tl.constexpr,
-) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    rescale = tl.load(rescale_ptr + row)
-    if rescale != 1.0:
-        for start in tl.range(0, hidden, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            pointers = accumulator_ptr + row * stride_accumulator + column
-            tl.store(pointers, rescale * tl.load(pointers, mask=column < hidden, other=0.0), mask=column < hidden)
-
-
-@triton.jit
-def _finish_unit_gradient_kernel(
-    accumulator_ptr: tl.tensor,
-    weight_ptr: tl.tensor,
-    targets_ptr: tl.tensor,
-    peak_ptr: tl.tensor,
-    others_ptr: tl.tensor,
-    target_logit_ptr: tl.tensor,
-    target_damping_ptr: tl.tensor,
-    vocab: tl.tensor,
-    hidden: tl.tensor,
-    stride_accumulator: tl.tensor,
-    stride_weight_row: tl.tensor,
-    stride_weight_column: tl.tensor,
-    scale: tl.tensor,
-    BLOCK: tl.constexpr,
-) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < hidden
-    target = tl.load(targets_ptr + row)
-    # A target outside the vocabulary was never seen: its logit is NaN, and so is all that follows
-    valid = (target >= 0) & (target < vocab)
-    target_row = weight_ptr + tl.where(valid, target, 0) * stride_weight_row
-    weight = tl.load(target_row + column.to(tl.int64) * stride_weight_column, mask=inside & valid, other=0.0).to(
-        tl.float32
-    )
-    others = tl.load(others_ptr + row)
-    total = others + tl.exp(tl.load(target_logit_ptr + row) - tl.load(peak_ptr + row))
-    # 1 − p_y = Σ_v≠y e^{z−m}/Σ_v e^{z−m}
-    share = others / total * tl.load(target_damping_ptr + row)
-    pointers = accumulator_ptr + row * stride_accumulator + column
-    accumulated = tl.load(pointers, mask=inside, other=0.0)
-    # g = scale·((1 − p_y)·damping_y·W[y] − A/Σ_v e^{z−m})
-    tl.store(pointers, scale * (share * weight - accumulated / total), mask=inside)
-
-
-@triton.jit
-def _logit_gradient_kernel(
-    tile_ptr: tl.tensor,
-    out_ptr: tl.tensor,
-    targets_ptr: tl.tensor,
-    bias_ptr: tl.tensor | None,
-    lse_ptr: tl.tensor,
-    logps_ptr: tl.tensor,
-    grad_ptr: tl.tensor,
-    columns: tl.tensor,
-    first_column: tl.tensor,
-    vocab: tl.tensor,
-    stride_tile: tl.tensor,
-    stride_out: tl.tensor,
-    in_scale: tl.tensor,
-    out_scale: tl.tensor,
-    scale: tl.tensor,
-    CAPPED: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < columns
-    x = tl.load(tile_ptr + row * stride_tile + column, mask=inside, other=0.0)
-    if bias_ptr is not None:
-        x += tl.load(bias_ptr + first_column + column, mask=inside, other=0.0).to(tl.float32)
-    z, damping = final_logit(x, in_scale, out_scale, CAPPED)
-    target = tl.load(targets_ptr + row)
-    grad = tl.where((target >= 0) & (target < vocab), tl.load(grad_ptr + row), float("nan"))
-    # 1 − p_y from log p_y, which has its digits where p_y is nearly 1
-    at_target = -expm1(tl.load(logps_ptr + row))
-    # dL/dx = grad·scale·(1[v = y] − p_v)·(1 − tanh²)
-    share = tl.where(column + first_column == target, at_target, -tl.exp(z - tl.load(lse_ptr + row)))
-    gradient = grad * scale * share * damping
-    tl.store(out_ptr + row * stride_out + column, gradient.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-# Launchers
+# Launcher
 
 
 def fold_(
@@ -296,7 +200,7 @@ def fold_(
     check_bias(bias, first_column, columns)
     if rows == 0 or columns == 0:
         return
-    in_scale, out_scale = _scales(logit_scale, temperature, softcap)
+    scales = LogitScales(logit_scale, temperature, softcap)
     block = triton.next_power_of_2(columns)
     _fold_kernel[(rows,)](
         tile,
@@ -308,129 +212,9 @@ def fold_(
         first_column,
         tile.stride(0),
         0 if probs_out is None else probs_out.stride(0),
-        in_scale,
-        out_scale,
+        *scales.arguments(),
         threshold,
         CAPPED=softcap is not None,
         BLOCK=block,
         num_warps=next(warps for widest, warps in _WARPS if block <= widest),
     )
-
-
-def rescale_rows_(accumulator: Tensor, rescale: Tensor) -> None:
-    """accumulator (R, H) float32 ← rescale (R,)·accumulator; rows whose factor is 1 are not touched."""
-    check_tile("accumulator", accumulator, torch.float32)
-    check_rows(accumulator.shape[0], rescale=rescale)
-    if accumulator.numel() == 0:
-        return
-    _rescale_rows_kernel[(accumulator.shape[0],)](
-        accumulator,
-        rescale,
-        accumulator.shape[1],
-        accumulator.stride(0),
-        BLOCK=_BLOCK,
-        num_warps=_BLOCK_WARPS,
-    )
-
-
-def finish_unit_gradient_(
-    accumulator: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    state: RowState,
-    *,
-    logit_scale: float = 1.0,
-    temperature: float = 1.0,
-) -> None:
-    """accumulator_t ← dlogp_t/dh_t = scale·((1 − p_y)·damping_y·W[y] − accumulator_t/Σ_v exp(z − peak)), in place.
-
-    Args:
-        accumulator: (R, H) float32, Σ_v≠y exp(z − peak)·(1 − tanh²)·W[v] over the whole vocabulary.
-        weight: (V, H), any float dtype, any strides.
-        targets: (R,) int64; a row whose target is outside [0, V) becomes NaN.
-    """
-    check_tile("accumulator", accumulator, torch.float32)
-    rows, hidden = accumulator.shape
-    if weight.dim() != 2 or weight.shape[1] != hidden:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; (V, {hidden}) is needed.")
-    check_rows(rows, targets=targets, others=state.others)
-    if accumulator.numel() == 0:
-        return
-    _finish_unit_gradient_kernel[(rows, triton.cdiv(hidden, _BLOCK))](
-        accumulator,
-        weight,
-        targets,
-        state.peak,
-        state.others,
-        state.target_logit,
-        state.target_damping,
-        weight.shape[0],
-        hidden,
-        accumulator.stride(0),
-        weight.stride(0),
-        weight.stride(1),
-        logit_scale / temperature,
-        BLOCK=_BLOCK,
-        num_warps=_BLOCK_WARPS,
-    )
-
-
-def logit_gradient_(
-    tile: Tensor,
-    out: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    first_column: int,
-    lse: Tensor,
-    logps: Tensor,
-    grad: Tensor,
-    *,
-    vocab_size: int,
-    logit_scale: float = 1.0,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-) -> None:
-    """out ← dL/dx = grad·(1[v = y] − exp(z − lse))·dz/dx for the tile's columns.
-
-    Args:
-        tile: (R, C) float32 raw logits, columns contiguous.
-        out: (R, C) float32, bfloat16 or float16; may be `tile`.
-        targets: (R,) int64; a row whose target is outside [0, vocab_size) becomes NaN.
-        lse, logps: (R,) float32, log Σ exp z over the whole vocabulary and log p_y.
-        grad: (R,) float32, dL/dlogp.
-    """
-    rows, columns = tile.shape
-    check_tile("tile", tile, torch.float32)
-    check_tile("out", out, torch.float32, torch.bfloat16, torch.float16, shape=tile.shape)
-    check_rows(rows, targets=targets, lse=lse, logps=logps, grad=grad)
-    check_bias(bias, first_column, columns)
-    if rows == 0 or columns == 0:
-        return
-    in_scale, out_scale = _scales(logit_scale, temperature, softcap)
-    _logit_gradient_kernel[(rows, triton.cdiv(columns, _BLOCK))](
-        tile,
-        out,
-        targets,
-        bias,
-        lse,
-        logps,
-        grad,
-        columns,
-        first_column,
-        vocab_size,
-        tile.stride(0),
-        out.stride(0),
-        in_scale,
-        out_scale,
-        logit_scale / temperature,
-        CAPPED=softcap is not None,
-        BLOCK=_BLOCK,
-        num_warps=_BLOCK_WARPS,
-    )
-
-
-def _scales(logit_scale: float, temperature: float, softcap: float | None) -> tuple[float, float]:
-    """(in_scale, out_scale) of `final_logit`."""
-    if softcap is None:
-        return logit_scale / temperature, 1.0
-    return logit_scale / softcap, softcap / temperature

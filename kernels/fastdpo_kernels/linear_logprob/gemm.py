@@ -9,7 +9,7 @@ and of the target x_y. With an E buffer it also stores, in the operand's dtype,
 for one product E W that follows. m̂ is the target's logit from a dot product of its own (`target_logits`), so all chunks
 of the vocabulary share one reference and nothing is ever rescaled. bfloat16 has float32's range: the relative error of
 E is 2⁻⁹ for any m̂. Where a logit exceeds m̂ by more than LIFT_LIMIT, its row is flagged, and computed anew by
-`head_merge.rescue_`, whatever E became. Log-probs take tops and sums only, never m̂.
+`merge.rescue_`, whatever E became. Log-probs take tops and sums only, never m̂.
 
 FLOPs: 2·R·H·C. Bytes: 2 per element of E, and 8 per row and tile. No atomics, no locks: every run gives the same bits.
 """
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fastdpo_kernels.device_math import tanh
 from fastdpo_kernels.launch_checks import check_bias, check_rows, check_tile
+from fastdpo_kernels.linear_logprob.scales import PLAIN, LogitScales
 from fastdpo_kernels.linear_logprob.tiles import Tile, tile_for, variant
 
 #: How far above m̂ a logit may be, in units of log 2: E stays below 2^92 then, and the sum of a row over any vocabulary,
@@ -34,26 +35,6 @@ LIFT_LIMIT = 92.0
 LOG_2 = math.log(2.0)
 #: Columns that a search of tiles runs over; rows from which on it is one, and at most.
 _SEARCHED_COLUMNS, _SEARCHED_ROWS, _SEARCHED_MOST_ROWS = 32768, 1024, 8192
-
-
-class LogitScales(NamedTuple):
-    """What happens to raw logits x: z = softcap·tanh(x·logit_scale/softcap)/temperature, or without a cap
-    x·logit_scale/temperature."""
-
-    logit_scale: float = 1.0
-    temperature: float = 1.0
-    softcap: float | None = None
-
-    @property
-    def slope(self) -> float:
-        """dz/dx, less the cap's 1 − tanh²."""
-        return self.logit_scale / self.temperature
-
-    def arguments(self, unit: float = 1.0) -> tuple[float, float]:
-        """(in_scale, out_scale) of kernels: z/unit is in_scale·x, or with a cap out_scale·tanh(in_scale·x)."""
-        if self.softcap is None:
-            return self.slope / unit, 1.0
-        return self.logit_scale / self.softcap, self.softcap / self.temperature / unit
 
 
 class Partials(NamedTuple):
@@ -69,9 +50,6 @@ class Reference(NamedTuple):
 
     estimate: Tensor  # (R,) float32, m̂ over log 2
     flags: Tensor  # (R,) int32, 1 where a logit was more than LIFT_LIMIT above
-
-
-PLAIN = LogitScales()
 
 
 # Kernels

@@ -1,4 +1,4 @@
-"""From the partial sums of `head_gemm` to log-probs, log-normalizers and unit gradients.
+"""From the partial sums of `gemm.head_gemm` to log-probs, log-normalizers and unit gradients.
 
 Per row, with t the largest of its tiles' tops, in units of log 2, and e_y = 2^(z_y − t) at the target y:
     others = Σ_tiles 2^(top − t)·sum,   log p_y = −log(1 + others/e_y),   lse = (t + log₂(others + e_y))·log 2
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fastdpo_kernels.device_math import final_logit, log1p, tanh
 from fastdpo_kernels.launch_checks import check_rows, check_tile
-from fastdpo_kernels.linear_logprob.gemm import LOG_2, PLAIN, LogitScales, Partials, Reference
+from fastdpo_kernels.linear_logprob.gemm import LOG_2, Partials, Reference
+from fastdpo_kernels.linear_logprob.scales import PLAIN, LogitScales
 
 _LOG_2 = tl.constexpr(0.6931471805599453)
 #: Rows of a program: a sector of 32 bytes of every tile's partial sums.

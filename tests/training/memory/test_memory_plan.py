@@ -85,7 +85,7 @@ def in_training(*_: Any) -> bool:
 
 
 def under_reference(trainer: Any, model: Any, micro: Any) -> bool:
-    return model is trainer.reference.ref_model
+    return model is trainer.parts.reference.ref_model
 
 
 def above(tokens: int, which: Callable[..., bool]) -> Callable[..., bool]:
@@ -137,13 +137,10 @@ def test_budgets_are_halved(layout: str, tmp_path: Path, caplog: pytest.LogCaptu
     In rows of their own both answers take 15 tokens each, a pair 30: 240, 120, 60, 30."""
     options = {"data": even_pairs(8), "micro_batch_tokens": "1000", "prefix_sharing": layout, "packing": layout}
     trainer = trained(tmp_path, above(50, in_training), **options)
-    assert (
-        trainer.objective.batch(next(iter(trainer.get_train_dataloader())), torch.device("cpu")).tokens(
-            trainer.layouts.layout
-        )
-        == [PAIR if layout == "on" else 30] * 8
-    )
-    assert (trainer.memory.train_tokens, trainer.memory.score_tokens) == (40 if layout == "on" else 30, 4000)
+    batch = trainer.objective.batch(next(iter(trainer.get_train_dataloader())), torch.device("cpu"))
+    assert batch.tokens(trainer.parts.layouts.layout) == [PAIR if layout == "on" else 30] * 8
+    memory = trainer.parts.memory
+    assert (memory.train_tokens, memory.score_tokens) == (40 if layout == "on" else 30, 4000)
     told = [r.getMessage() for r in caplog.records if "out of memory" in r.getMessage()]
     expected = [80, 40] if layout == "on" else [120, 60, 30]
     assert told == [f"out of memory: the step is repeated with training micro-batches of {n} tokens." for n in expected]
@@ -152,7 +149,7 @@ def test_budgets_are_halved(layout: str, tmp_path: Path, caplog: pytest.LogCaptu
 def test_the_scoring_budget_is_halved_alone(tmp_path: Path) -> None:
     options = {"data": even_pairs(8), "micro_batch_tokens": "1000"}
     trainer = trained(tmp_path, above(100, under_reference), **options)
-    assert (trainer.memory.train_tokens, trainer.memory.score_tokens) == (1000, 80)
+    assert (trainer.parts.memory.train_tokens, trainer.parts.memory.score_tokens) == (1000, 80)
 
 
 @pytest.mark.parametrize("name", ["plain", "dynamic"])
@@ -171,7 +168,7 @@ def test_a_repeated_step_draws_the_same_random_numbers(name: str, tmp_path: Path
 def test_checkpointing_comes_when_not_even_one_pair_fits(
     undisturbed: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    again = build(tmp_path, lambda trainer, *_: in_training() and not trainer.memory.checkpointing)
+    again = build(tmp_path, lambda trainer, *_: in_training() and not trainer.parts.memory.checkpointing)
     assert not again.model.is_gradient_checkpointing
     again.train()
     assert "repeated with checkpointing" in caplog.text
@@ -191,7 +188,7 @@ def test_what_cannot_fit_ends_the_run(tmp_path: Path) -> None:
     trainer = build(tmp_path / "auto", in_training, data=even_pairs(8))
     with pytest.raises(OutOfMemory, match="one pair of 20 tokens"):
         trainer.train()
-    assert trainer.memory.checkpointing, "it was tried"
+    assert trainer.parts.memory.checkpointing, "it was tried"
 
 
 def test_other_errors_are_not_taken_for_it(tmp_path: Path) -> None:
@@ -201,7 +198,7 @@ def test_other_errors_are_not_taken_for_it(tmp_path: Path) -> None:
     trainer = build(tmp_path, broken)
     with pytest.raises(RuntimeError, match=r"^size mismatch$"):
         trainer.train()
-    assert (trainer.memory.train_tokens, trainer.memory.score_tokens) == (640, 2560)
+    assert (trainer.parts.memory.train_tokens, trainer.parts.memory.score_tokens) == (640, 2560)
     memory = [torch.OutOfMemoryError("…"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
     others = [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("out of memory")]
     assert [is_out_of_memory(error) for error in memory + others] == [True] * 3 + [False] * 2
@@ -215,8 +212,8 @@ def test_evaluation_goes_on_with_less(when: str, tmp_path: Path) -> None:
         whole.train(), again.train()
     injected(again, above(80, lambda *_: True))
     expected, found = whole.evaluate(), again.evaluate()
-    assert again.memory.score_tokens < whole.memory.score_tokens == 440
-    assert again.memory.train_tokens == 110
+    assert again.parts.memory.score_tokens < whole.parts.memory.score_tokens == 440
+    assert again.parts.memory.train_tokens == 110
     for key in (key for key in expected if key == "eval_loss" or "/" in key):
         assert found[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-5), key
 
@@ -303,20 +300,21 @@ def test_a_trial_leaves_nothing_behind(tmp_path: Path) -> None:
         disable_dropout=False,
         peft_config=tiny.lora(lora_dropout=0.3),
     )
-    trainer.layouts.settle(trainer.make_batch([trainer.train_dataset[i] for i in range(8)]))
-    rows, longest = trainer.trial.longest(trainer.train_dataset)
+    batch = [trainer.train_dataset[i] for i in range(8)]
+    trainer.parts.layouts.settle(trainer.objective.batch_of(batch, trainer.args.device))
+    rows, longest = trainer.parts.trial.longest(trainer.train_dataset)
     assert (len(rows), longest) == (8, PAIR)
     trainer.model.train()
     random, weights = torch.get_rng_state(), {n: p.clone() for n, p in trainer.model.named_parameters()}
     attention = trainer.model.config._attn_implementation
-    assert [trainer.trial.try_micro_batch(rows, tokens) for tokens in (20, 100, 120)] == [True, True, False]
+    assert [trainer.parts.trial.try_micro_batch(rows, tokens) for tokens in (20, 100, 120)] == [True, True, False]
     assert torch.equal(random, torch.get_rng_state())
     assert all(p.grad is None for p in trainer.model.parameters())
     assert all(torch.equal(p, weights[name]) for name, p in trainer.model.named_parameters())
     assert trainer.model.config._attn_implementation == attention != "fastdpo_segments"
     assert trainer.model.training
-    assert trainer.memory.train_tokens == 640, "settled by who asked for the trial"
-    assert trainer.trial.tokens_within(2**30, trainer.train_dataset[0]) > 1000
+    assert trainer.parts.memory.train_tokens == 640, "settled by who asked for the trial"
+    assert trainer.parts.trial.tokens_within(2**30, trainer.train_dataset[0]) > 1000
     assert torch.equal(random, torch.get_rng_state())
 
 
@@ -337,8 +335,8 @@ def test_a_memory_limit_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             tmp_path / str(room), model=tiny.llama(**model), memory_limit=f"{(held + room) // 10**6 + 1}MB", **options
         )
         trainer.train()
-        assert trainer.memory.score_tokens == 4 * trainer.memory.train_tokens
-        return trainer.memory.train_tokens
+        assert trainer.parts.memory.score_tokens == 4 * trainer.parts.memory.train_tokens
+        return trainer.parts.memory.train_tokens
 
     # 0.9 of the limit is planned for
     small, large = budget(held // 9 + 30_000_000), budget(held // 9 + 70_000_000)
@@ -346,7 +344,7 @@ def test_a_memory_limit_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     trainer = tiny.trainer(tmp_path / "none", model=tiny.llama(**model), memory_limit="100MB", **options)
     with pytest.raises(OutOfMemory, match=r"memory_limit='100MB': \d+\.\d+ GB are taken .* the longest pair has 4\d"):
         trainer.train()
-    assert trainer.memory.checkpointing, "it was tried"
+    assert trainer.parts.memory.checkpointing, "it was tried"
 
 
 def bloom() -> BloomForCausalLM:
@@ -368,7 +366,7 @@ def test_a_memory_limit_counts_what_the_run_does(kind: str, tmp_path: Path, monk
         tmp_path, model=models[kind](), data=data, ref_model=None, memory_limit=limit, peft_config=lora, max_steps=1
     )
     trainer.train()
-    assert trainer.memory.train_tokens >= 8
+    assert trainer.parts.memory.train_tokens >= 8
 
 
 # Options
@@ -382,9 +380,9 @@ def test_spellings_of_checkpointing_are_one_option(tmp_path: Path) -> None:
     for expected, spellings in ((True, on), (False, off)):
         for options in spellings:
             trainer = tiny.trainer(tmp_path, **options)
-            assert trainer.memory.checkpointing is expected
+            assert trainer.parts.memory.checkpointing is expected
             assert trainer.model.is_gradient_checkpointing is expected
-    assert not tiny.trainer(tmp_path).memory.checkpointing, "auto"
+    assert not tiny.trainer(tmp_path).parts.memory.checkpointing, "auto"
     # Before, transformers has no such option, and says so
     with pytest.raises((ValueError, TypeError), match="contradict" if renamed else "unexpected keyword"):
         tiny.config(tmp_path, gradient_checkpointing="false", activation_checkpointing=True)

@@ -29,14 +29,14 @@ class Run:
         settings: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.05, "data": tiny.pairs(PAIRS)}
         self.trainer = tiny.trainer(folder, **(settings | {"num_train_epochs": 1} | options))
         self.pairs = 0
-        fill = self.trainer.scorer.fill_reference
+        fill = self.trainer.parts.scorer.fill_reference
 
         def counted(scores: Any, result: Any, micro: Any) -> None:
             assert not result.logps.requires_grad
             self.pairs += len(micro)
             fill(scores, result, micro)
 
-        self.trainer.scorer.fill_reference = counted
+        self.trainer.parts.scorer.fill_reference = counted
 
     def train(self) -> Run:
         self.trainer.train()
@@ -81,7 +81,7 @@ def test_two_epochs_are_the_same_and_compute_each_reference_once(name: str, kind
         ).train()
         for mode in ("online", "lazy", "precompute")
     }
-    assert runs["lazy"].trainer.reference.kind == kind
+    assert runs["lazy"].trainer.parts.reference.kind == kind
     assert {mode: run.pairs for mode, run in runs.items()} == {"online": 44, "lazy": PAIRS, "precompute": PAIRS}
     assert_same_run(runs["online"].outcome, runs["lazy"].outcome)
     assert_same_run(runs["online"].outcome, runs["precompute"].outcome)
@@ -96,14 +96,15 @@ def test_kept_values_are_those_of_the_reference(tmp_path: Path) -> None:
 
     class AtFirstStep(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            seen.append(len(run.trainer.reference_cache))
+            seen.append(len(run.trainer.parts.references.cache))
 
     run = Run(tmp_path, reference="precompute", callbacks=[AtFirstStep()])
     run.train()
     assert seen == [PAIRS] * 3
     base = tiny.llama()
     for row in run.trainer.train_dataset:
-        kept = run.trainer.references.recall(run.trainer.make_batch([row]))
+        batch = run.trainer.objective.batch_of([row], run.trainer.args.device)
+        kept = run.trainer.parts.references.recall(batch)
         assert not kept.missing
         for found, completion in zip(kept.logps[0], (row["chosen_ids"], row["rejected_ids"]), strict=True):
             ids = torch.tensor([[*row["prompt_ids"], *completion]])
@@ -129,7 +130,7 @@ def test_pairs_that_share_ids_are_told_apart(tmp_path: Path) -> None:
     rows = [{**dict(zip(columns, row, strict=True)), "example_id": str(i)} for i, row in enumerate(ids)]
     options: dict[str, Any] = {"data": Dataset.from_list(rows), "per_device_train_batch_size": 1, "num_train_epochs": 2}
     online, lazy = (Run(tmp_path / mode, reference=mode, **options).train() for mode in ("online", "lazy"))
-    assert (online.pairs, lazy.pairs, len(lazy.trainer.reference_cache)) == (14, 6, 6)
+    assert (online.pairs, lazy.pairs, len(lazy.trainer.parts.references.cache)) == (14, 6, 6)
     assert_same_run(online.outcome, lazy.outcome)
 
 
@@ -209,27 +210,27 @@ def test_evaluation_pairs_are_kept_too(tmp_path: Path) -> None:
     fresh = Run(tmp_path / "fresh", **options)
     fresh.trainer.evaluate()
     assert fresh.pairs == 0
-    assert len(fresh.trainer.reference_cache) == 10
+    assert len(fresh.trainer.parts.references.cache) == 10
 
 
 def test_precomputation_can_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it has by then is kept, and the next run computes the rest."""
     monkeypatch.setattr(reference_store, "ROUND", 4)
     run = Run(tmp_path, reference="precompute")
-    keep, kept = run.trainer.references.share, []
+    keep, kept = run.trainer.parts.references.share, []
 
     def stopped() -> None:
         keep()
-        kept.append(len(run.trainer.reference_cache))
+        kept.append(len(run.trainer.parts.references.cache))
         if len(kept) == 2:
             run.trainer.stop_signals.received = 15
 
-    monkeypatch.setattr(run.trainer.references, "share", stopped)
+    monkeypatch.setattr(run.trainer.parts.references, "share", stopped)
     with pytest.raises(TrainingInterrupted):
         run.train()
     assert kept[:2] == [4, 8]
     # The step in flight has needed some more
-    assert 8 <= len(run.trainer.reference_cache) == run.pairs <= 16
+    assert 8 <= len(run.trainer.parts.references.cache) == run.pairs <= 16
     again = Run(tmp_path, reference="precompute")
     again.trainer.train(resume_from_checkpoint=True)
     assert run.pairs + again.pairs == PAIRS
@@ -246,8 +247,8 @@ def test_evaluation_of_a_rank_that_knows_all_its_references(tmp_path: Path, monk
     trainer = tiny.trainer(tmp_path, data=tiny.pairs(6), eval_dataset=tiny.pairs(6, seed=1))
     first = trainer.evaluate()
     answers = iter([True, False])
-    batch = trainer.make_batch([trainer.eval_dataset[i] for i in range(6)])
-    monkeypatch.setattr(trainer.sharding, "most", lambda value: next(answers, value))
-    scored = trainer.batch_scores.evaluated(batch)
+    batch = trainer.objective.batch_of([trainer.eval_dataset[i] for i in range(6)], trainer.args.device)
+    monkeypatch.setattr(trainer.parts.sharding, "most", lambda value: next(answers, value))
+    scored = trainer.parts.batch_scores.evaluated(batch)
     assert next(answers, None) is None
     assert trainer.evaluation_metrics(EvalPrediction(scored, None))["loss"] == pytest.approx(first["eval_loss"])

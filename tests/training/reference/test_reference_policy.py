@@ -148,7 +148,7 @@ def test_evaluation_caches_the_reference_and_touches_no_statistic(tmp_path: Path
     assert state["step"] == 3
     first = trainer.evaluate()
     calls = []
-    trainer.reference.ref_model.register_forward_hook(lambda *_: calls.append(1))
+    trainer.parts.reference.ref_model.register_forward_hook(lambda *_: calls.append(1))
     second = trainer.evaluate()
     assert not calls, "reference log-probs of evaluation pairs were computed twice"
     assert {k: v for k, v in first.items() if "/" in k} == {k: v for k, v in second.items() if "/" in k}

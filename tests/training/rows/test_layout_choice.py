@@ -215,7 +215,7 @@ def test_a_model_that_does_otherwise_than_it_tells(
     for name, mode in (("auto", {}), ("off", {"prefix_sharing": "off", "packing": "off"})):
         trainer = tiny.trainer(tmp_path / name, model=model(), **options, **mode)
         trainer.train()
-        assert trainer.layouts.layout == PLAIN
+        assert trainer.parts.layouts.layout == PLAIN
         results.append((state(trainer), trainer.state.log_history))
     warnings = told(caplog, logging.WARNING)
     assert [each.split(" is not used: ")[0] for each in warnings] == [str(SEGMENTS), str(MASK)]
@@ -244,8 +244,8 @@ def test_models_attend_in_their_own_way_after_a_step(tmp_path: Path) -> None:
     """And after an error within one; evaluation ahead of training settles the layout too."""
     seen = []
     trainer = tiny.trainer(tmp_path, ref_model=tiny.llama(seed=1), eval_dataset=tiny.pairs(4, seed=9), max_steps=2)
-    models = [trainer.model, trainer.reference.ref_model]
-    forward = trainer.passes.forward
+    models = [trainer.model, trainer.parts.reference.ref_model]
+    forward = trainer.parts.passes.forward
 
     def implementations() -> list[str]:
         return [each.config._attn_implementation for each in models]
@@ -254,11 +254,11 @@ def test_models_attend_in_their_own_way_after_a_step(tmp_path: Path) -> None:
         seen.append((implementations(), micro.segments is not None))
         return forward(model, micro, **options)
 
-    trainer.passes.forward = spied
+    trainer.parts.passes.forward = spied
     own = implementations()
     assert SEGMENT_ATTENTION not in own
     trainer.evaluate()
-    assert trainer.layouts.layout == SEGMENTS
+    assert trainer.parts.layouts.layout == SEGMENTS
     evaluated = len(seen)
     assert evaluated
     assert implementations() == own
@@ -271,7 +271,7 @@ def test_models_attend_in_their_own_way_after_a_step(tmp_path: Path) -> None:
         assert implementations() == [SEGMENT_ATTENTION] * 2
         raise RuntimeError("broken")
 
-    trainer.passes.forward = broken
+    trainer.parts.passes.forward = broken
     for call in (trainer.train, trainer.evaluate):
         with pytest.raises(RuntimeError, match="broken"):
             call()
@@ -304,6 +304,6 @@ def test_reference_of_another_architecture(name: str, tmp_path: Path) -> None:
             tmp_path / folder, ref_model=made(), optim="sgd", learning_rate=0.05, max_steps=2, **mode
         )
         trainer.train()
-        assert trainer.layouts.layout == (layout if folder == "auto" else PLAIN)
+        assert trainer.parts.layouts.layout == (layout if folder == "auto" else PLAIN)
         results.append((state(trainer), trainer.state.log_history))
     assert_same_run(*results)

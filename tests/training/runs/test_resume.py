@@ -98,7 +98,7 @@ def test_resume_with_a_reference_cache_is_bitwise_equal(step: int, reference: st
     expected, found = state(straight), state(resumed)
     for name, value in expected.items():
         assert torch.equal(value, found[name]), name
-    names = [trainer.references.file for trainer in (straight, resumed)]
+    names = [trainer.parts.references.file for trainer in (straight, resumed)]
     assert names[0].read_bytes() == names[1].read_bytes()
 
 
@@ -140,6 +140,20 @@ def test_truncated_file_is_refused(killed: Path, tmp_path: Path) -> None:
         resolve_resume(tmp_path, True)
     weights.unlink()
     with pytest.raises(CheckpointError, match="is missing"):
+        resolve_resume(tmp_path, True)
+
+
+def test_a_checkpoint_says_its_format(killed: Path, tmp_path: Path) -> None:
+    """One without a number is from before there were any, which is format 1; one of a later format is refused."""
+    folder = tmp_path / "checkpoint-10"
+    shutil.copytree(killed / "checkpoint-10", folder)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    assert manifest.pop("format") == 1
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert resolve_resume(tmp_path, True) == str(folder)
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"format": 2, "fastdpo": "9.9"}))
+    message = r"checkpoint format 2, saved by fastdpo 9.9; fastdpo \S+ reads format 1. Continue with the version that"
+    with pytest.raises(CheckpointError, match=message):
         resolve_resume(tmp_path, True)
 
 

@@ -1,16 +1,13 @@
 """Peak memory of the head's forward and backward above its inputs, each case in a process of its own.
 
-`python -m benchmarks.memory CASE CONTENDER THREADS DTYPE` (CASE as rows,hidden,vocab) measures one and prints bytes.
+`python -m benchmarks.linear_logprob.memory CASE CONTENDER THREADS DTYPE` measures one and prints bytes; CASE is
+rows,hidden,vocab.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import psutil
 import torch
@@ -18,6 +15,7 @@ import torch
 from benchmarks import cases
 from benchmarks.cases import HeadCase
 from benchmarks.contenders import POLICY_HEADS
+from benchmarks.process import ROOT, reset_peak, status
 from benchmarks.report import Figure, at_most
 from benchmarks.settings import Settings
 from fastdpo.ops.linear_logprob.tiles import plan_tiles
@@ -28,7 +26,6 @@ MIB = 2**20
 SLACK = 16 * MIB
 #: Copies of the (N, V) logits in float32 that a peer without tiles may hold: logits, log-probs, two gradients.
 FULL_COPIES = 4
-ROOT = Path(__file__).parent.parent
 
 
 def run(settings: Settings) -> list[Figure]:
@@ -79,7 +76,7 @@ def measured(case: HeadCase, contender: str, settings: Settings) -> int:
     """
     shape = f"{case.rows},{case.hidden},{case.vocab}"
     dtype = str(settings.dtype).removeprefix("torch.")
-    command = [sys.executable, "-m", "benchmarks.memory", shape, contender, str(settings.threads), dtype]
+    command = [sys.executable, "-m", "benchmarks.linear_logprob.memory", shape, contender, str(settings.threads), dtype]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1]
@@ -107,21 +104,6 @@ def _cheap_inputs(case: HeadCase, dtype: torch.dtype) -> cases.HeadInputs:
     for part in weight.split(len(small.weight)):
         part.copy_(small.weight[: len(part)])
     return cases.HeadInputs(small.hidden, small.ref_hidden, weight, small.targets, small.grad_logps)
-
-
-def reset_peak() -> int:
-    """Give back what is free, forget the peak so far, and return the bytes that are resident now."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM := VmRSS
-    return status("VmRSS")
-
-
-def status(name: str) -> int:
-    """A size in bytes from /proc/self/status."""
-    found = re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 def main(shape: str, contender: str, threads: str, dtype: str) -> None:

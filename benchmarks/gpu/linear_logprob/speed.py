@@ -15,8 +15,8 @@ import fastdpo
 from benchmarks import cases
 from benchmarks.cases import HeadCase, HeadInputs
 from benchmarks.gpu.clock import Clock
-from benchmarks.gpu.head_plans import Plan, environment, plans, tile_calls
-from benchmarks.gpu.products import plain_head
+from benchmarks.gpu.linear_logprob.plans import Plan, environment, plans, tile_calls
+from benchmarks.gpu.linear_logprob.products import plain_head
 from benchmarks.gpu.report import Report, Skipped
 from benchmarks.gpu.sizes import MIB, Sizes
 

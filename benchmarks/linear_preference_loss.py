@@ -1,4 +1,4 @@
-"""A preference batch through fastdpo and its peers: same inputs, same loss, same gradients, checked first."""
+"""`linear_preference_loss` on a preference batch beside its peers: inputs, loss and gradients alike, checked first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything after the head: segment sums, margins, dynamic β (plan and commit), loss, and the gradient."""
+"""`preference_loss` with all that follows the head: sums, margins, dynamic β (plan and commit), and the gradient."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastdpo.loss import token_preference_loss
 TITLE = "loss: all that follows the head, dynamic β included, forward + backward, torch backend"
 #: Calls per repeat, as one takes less than a millisecond.
 CALLS = 60
-#: Where: `benchmarks.gpu.loss` asks a card.
+#: Where: `benchmarks.gpu.preference_loss` asks a card.
 DEVICE = "cpu"
 
 

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from benchmarks.cases import HeadCase
+from benchmarks.cases import GPU_HEADS, HeadCase
 from benchmarks.launches import Counts
 from benchmarks.report import Figure, at_most
 from benchmarks.settings import Settings
@@ -47,9 +47,8 @@ class Card:
 
 
 CARDS = (Card("H100", 90, 700, 3000, 0.85), Card("RTX 4090", 89, 155, 950, 0.95))
-CASES = (HeadCase(4096, 4096, 128256), HeadCase(4096, 896, 151936), HeadCase(8192, 2048, 128256))
 #: (card, case) → bound of predicted over bare.
-TARGETS = {("H100", CASES[0]): 1.25, ("RTX 4090", CASES[0]): 1.1}
+TARGETS = {("H100", GPU_HEADS[0]): 1.25, ("RTX 4090", GPU_HEADS[0]): 1.1}
 
 
 @dataclass(frozen=True)
@@ -109,9 +108,9 @@ def counted(chunks: Sequence[int]) -> list[Counts]:
 
 def predictions() -> list[Prediction]:
     """Of every case on every card."""
-    chunks = sorted({chunks_of(case) for case in CASES})
+    chunks = sorted({chunks_of(case) for case in GPU_HEADS})
     by_chunks = dict(zip(chunks, counted(chunks), strict=True))
-    return [predict(case, card, by_chunks[chunks_of(case)]) for case in CASES for card in CARDS]
+    return [predict(case, card, by_chunks[chunks_of(case)]) for case in GPU_HEADS for card in CARDS]
 
 
 def as_json() -> str:
@@ -119,7 +118,7 @@ def as_json() -> str:
 
 
 def run(settings: Settings) -> list[Figure]:
-    cases = {(case.rows, case.hidden, case.vocab): case for case in CASES}
+    cases = {(case.rows, case.hidden, case.vocab): case for case in GPU_HEADS}
     figures = []
     for each in predictions():
         case = cases[each.rows, each.hidden, each.vocab]

@@ -1,0 +1,116 @@
+"""What `fastdpo estimate` is asked: a run, as far as its memory and time depend on it, and the cards it is to fit into.
+
+Strings and numbers as an option file holds them come in; sizes in bytes, a `Device` and a `PairShape` go out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from accelerate.utils.modeling import convert_file_size_to_int
+
+from fastdpo.estimate.activations import PairShape
+from fastdpo.estimate.devices import GPUS, Device
+from fastdpo.training.options import FastDPOConfig
+from fastdpo.training.options.fields import check_fields, like
+from fastdpo.training.options.sizes import (
+    DEFAULT_MICRO_BATCH_TOKENS,
+    check_lengths,
+    check_micro_batch_tokens,
+    check_offloading,
+    head_workspace_bytes,
+)
+
+_CPU = "cpu"
+_NAMES = [_CPU, *(gpu.name for gpu in GPUS)]
+
+
+@dataclass
+class EstimateConfig:
+    """What is trained how; names and defaults as in FastDPOConfig."""
+
+    _argument_group_name: ClassVar = "run"
+
+    gpu_memory: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Memory of one card or of several, such as 12GB or 8GB 24GiB: print what fits into each."},
+    )
+    device: str = field(
+        default="auto",
+        metadata={
+            "help": "Whose rates the time split takes; cpu: this machine, and its memory. auto: rtx-3060 with "
+            "--gpu_memory or where torch sees a GPU, else cpu.",
+            "choices": ["auto", *_NAMES],
+        },
+    )
+    max_length: int = like(FastDPOConfig, "max_length")
+    max_prompt_length: int | None = like(
+        FastDPOConfig, "max_prompt_length", "Prompt tokens of the longest pair. None: half of max_length."
+    )
+    micro_batch_tokens: str = like(
+        FastDPOConfig,
+        "micro_batch_tokens",
+        "Tokens per forward with gradients; a longer pair goes alone. auto: the most that fits into the (first) "
+        f"--gpu_memory, and {DEFAULT_MICRO_BATCH_TOKENS} without one.",
+    )
+    per_device_train_batch_size: int = like(FastDPOConfig, "per_device_train_batch_size", "Pairs per optimizer step.")
+    gradient_checkpointing: str = like(
+        FastDPOConfig, "gradient_checkpointing", "true, false, or auto: where the longest pair does not fit without."
+    )
+    activation_offloading: bool = like(FastDPOConfig, "activation_offloading")
+    head_workspace: str = like(
+        FastDPOConfig, "head_workspace", "On a GPU, what the head's exponentials of a chunk may take."
+    )
+    bf16: bool | None = like(FastDPOConfig, "bf16", "bfloat16 autocast. Default: on for a GPU.")
+    demo: bool = field(
+        default=False,
+        metadata={"help": "Start from the settings of `fastdpo demo`. Only as a flag; others override it."},
+    )
+    json: bool = field(default=False, metadata={"help": "Print the figures as JSON, in bytes and seconds."})
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_lengths(
+            self, least="at least 1.", names=("max_length", "max_prompt_length", "per_device_train_batch_size")
+        )
+        check_micro_batch_tokens(self.micro_batch_tokens)
+        check_offloading(self)
+        head_workspace_bytes(self.head_workspace)
+        if self.on_cpu and self.head_workspace != type(self).head_workspace:
+            raise ValueError(f"head_workspace={self.head_workspace!r} has no effect with device='cpu'; drop it.")
+        if self.on_cpu and self.activation_offloading:
+            raise ValueError("activation_offloading=True needs a GPU; on a CPU there is nowhere to move to.")
+        if self.on_cpu and self.gpu_memory:
+            raise ValueError(f"gpu_memory={self.gpu_memory!r} has no effect with device='cpu'; name a GPU or neither.")
+        self.cards()
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the run is on this machine's CPU."""
+        if self.device == "auto":
+            return not self.gpu_memory and not torch.cuda.is_available()
+        return self.device == _CPU
+
+    def cards(self) -> dict[str, int]:
+        """`gpu_memory` in bytes, by what was written. Raises ValueError for what is no size."""
+        return {text: _size(text) for text in self.gpu_memory}
+
+    def gpu(self) -> Device:
+        """The GPU whose rates are taken."""
+        return next((gpu for gpu in GPUS if gpu.name == self.device), GPUS[0])
+
+    def shape(self) -> PairShape:
+        """The longest pair."""
+        return PairShape.longest(self.max_length, self.max_prompt_length)
+
+
+def _size(text: str) -> int:
+    try:
+        size = convert_file_size_to_int(text.upper().replace("IB", "iB"))
+    except ValueError as error:
+        raise ValueError(f"gpu_memory={text!r}: a size such as 12GB, 24GiB or 8000MB.") from error
+    if size <= 0:
+        raise ValueError(f"gpu_memory={text!r}: a positive size such as 12GB.")
+    return size

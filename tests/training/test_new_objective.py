@@ -1,0 +1,148 @@
+"""An objective that the package does not know, of thirty lines and from outside: its step, cut, ranks and resume.
+
+The mean likelihood of single answers, −(1/B) Σ_b (1/|y_b|) Σ_t log π(y_bt): no pairs, no reference, no plan; and the
+same with weights that the whole batch decides, so that it has to be scored first.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from same_run import WORKER, assert_same_run
+from single_answers import Focused, MeanLikelihood, answers
+from torch import Tensor
+from worker import state
+
+from fastdpo import FastDPOTrainer
+from fastdpo.training.objectives import Objective
+
+OPTIONS = {"max_steps": 4, "optim": "sgd", "learning_rate": 0.05}
+#: Ways to cut a batch into micro-batches and rows.
+CUTS: list[dict[str, Any]] = [
+    {},
+    {"micro_batch_tokens": "30"},
+    {"micro_batch_tokens": "30", "prefix_sharing": "off", "packing": "off"},
+    {"gradient_checkpointing": "true", "prefix_sharing": "off"},
+]
+
+
+def trainer(folder: Path, objective: Objective, **options: Any) -> FastDPOTrainer:
+    return tiny.trainer(folder, **({"data": answers(20), "objective": objective} | OPTIONS | options))
+
+
+def expected_gradients(model: Any, batch: list[dict[str, Any]], focused: bool) -> dict[str, Tensor]:
+    """One sequence at a time, from all logits of the model."""
+    losses = []
+    for row in batch:
+        ids = torch.tensor([row["prompt_ids"] + row["answer_ids"]])
+        logps = model(ids).logits[0, len(row["prompt_ids"]) - 1 : -1].log_softmax(-1)
+        losses.append(-logps.gather(1, torch.tensor(row["answer_ids"])[:, None]).mean())
+    stacked = torch.stack(losses)
+    (stacked * (stacked.detach().softmax(0) if focused else 1 / len(batch))).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("objective", [MeanLikelihood, Focused])
+@pytest.mark.parametrize("cut", [{}, {"micro_batch_tokens": "30"}], ids=["whole", "cut"])
+def test_the_gradients_are_the_losses_own(objective: type[Objective], cut: dict[str, Any], tmp_path: Path) -> None:
+    made = trainer(tmp_path, objective(), **cut)
+    for name, parameter in made.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    rows = [made.train_dataset[i] for i in range(8)]
+    expected = expected_gradients(made.model, rows, objective is Focused)
+    made.model.zero_grad()
+    made.create_optimizer()
+    made.training_step(made.model, made.data_collator(rows))
+    found = {name: p.grad for name, p in made.model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-5 * float(grad.abs().max()))
+
+
+@pytest.mark.parametrize("objective", [MeanLikelihood, Focused])
+def test_the_update_does_not_depend_on_the_cut(objective: type[Objective], tmp_path: Path) -> None:
+    runs = []
+    for number, cut in enumerate(CUTS):
+        made = trainer(tmp_path / str(number), objective(), **cut)
+        made.train()
+        runs.append((state(made), made.state.log_history))
+    for run in runs[1:]:
+        assert_same_run(run, runs[0])
+    assert {"loss", "accuracy", "nll"} <= runs[0][1][0].keys()
+    assert runs[0][1][-2]["nll"] < runs[0][1][0]["nll"]
+
+
+def test_the_update_does_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:
+    """20 answers in batches of 8 per step: the last has duplicates where two ranks share it."""
+    names = ("MeanLikelihood", "Focused")
+    jobs = [
+        {
+            "folder": str(tmp_path / name),
+            "pairs": 20,
+            "objective": name,
+            "options": {**OPTIONS, "per_device_train_batch_size": 4},
+            "result": str(tmp_path / f"{name}.pt"),
+        }
+        for name in names
+    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(WORKER), json.dumps(jobs)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, objective in zip(names, (MeanLikelihood, Focused), strict=True):
+        alone = trainer(tmp_path / f"single {name}", objective())
+        alone.train()
+        result = torch.load(tmp_path / f"{name}.pt", weights_only=False)
+        # Duplicates count as work, in the last entry's FLOPs, and nowhere else
+        assert_same_run((state(alone), alone.state.log_history[:-1]), (result["state"], result["log"][:-1]))
+
+
+@pytest.mark.parametrize("objective", [MeanLikelihood, Focused])
+def test_resume_is_bitwise_equal(objective: type[Objective], tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
+    straight = trainer(tmp_path / "straight", objective(), **saving)
+    straight.train()
+    resumed = trainer(tmp_path / "resumed", objective(), **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
+    found, expected = state(resumed), state(straight)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_evaluation_and_predictions(tmp_path: Path) -> None:
+    """Over sets that no batch divides, and columns by name and completion."""
+    made = trainer(tmp_path, MeanLikelihood(), eval_dataset=answers(11, seed=3), per_device_eval_batch_size=4)
+    figures = made.evaluate()
+    table = made.predict(answers(11, seed=3)).predictions
+    logps, _, lengths = table.T
+    assert figures["eval_loss"] == pytest.approx(float((-logps / lengths).mean()), rel=1e-5)
+    assert figures["eval_nll"] == pytest.approx(float(-logps.sum() / lengths.sum()), rel=1e-5)
+    assert lengths.tolist() == [len(ids) for ids in answers(11, seed=3)["answer_ids"]]
+
+
+def test_the_guide_shows_this_objective() -> None:
+    guide = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert f"```python\n{inspect.getsource(MeanLikelihood)}```" in guide
+
+
+def test_data_without_its_columns_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no \['answer_ids'\] \(found: .*give it token ids"):
+        trainer(tmp_path, MeanLikelihood(), data=answers(4).remove_columns("answer_ids"))
+
+
+def test_a_run_is_not_resumed_under_another_objective(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    trainer(tmp_path, MeanLikelihood(), **saving).train()
+    with pytest.raises(ValueError, match=r"was trained with objective='MeanLikelihood', this run has objective='Foc"):
+        trainer(tmp_path, Focused(), **saving).train(resume_from_checkpoint=True)
