@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
-WORKER = Path(__file__).with_name("worker.py")
 CUTS = {
     "plain": {},
     "dynamic": {"dynamic_beta": True, "keep_ratio": 0.7},

@@ -3,6 +3,7 @@
 python worker.py '{"folder": ..., "options": {FastDPOConfig}, "event": ..., "at": step, "pairs": n, "eval_pairs": n,
                    "resume": ..., "result": path, "oom": {"rank": r, "above": tokens},
                    "objective": class of single_answers}'
+python worker.py serve      forks a process for every line [job, file for its stderr] and prints the return code
 """
 
 from __future__ import annotations
@@ -104,7 +105,24 @@ def leave() -> None:
         os._exit(0)
 
 
+def serve() -> None:
+    """One process per job: the import is done, and a killed one takes nothing with it."""
+    for line in sys.stdin:
+        job, stderr = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(300)  # a run that hangs
+            for number, path in ((0, os.devnull), (1, os.devnull), (2, stderr)):
+                os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
+            main(job)
+            return
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
 if __name__ == "__main__":
+    if sys.argv[1:] == ["serve"]:
+        serve()
+        sys.exit()
     for each in json.loads(sys.argv[1]):
         main(each)
     leave()

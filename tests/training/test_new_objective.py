@@ -7,17 +7,14 @@ same with weights that the whole batch decides, so that it has to be scored firs
 from __future__ import annotations
 
 import inspect
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from same_run import WORKER, assert_same_run
+from launched import WORKER, on_two_ranks
+from same_run import assert_same_run
 from single_answers import Focused, MeanLikelihood, answers
 from torch import Tensor
 from worker import state
@@ -95,12 +92,7 @@ def test_the_update_does_not_depend_on_the_number_of_ranks(tmp_path: Path) -> No
         }
         for name in names
     ]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(WORKER), json.dumps(jobs)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_ranks(WORKER, jobs)
     for name, objective in zip(names, (MeanLikelihood, Focused), strict=True):
         alone = trainer(tmp_path / f"single {name}", objective())
         alone.train()

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +9,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from same_run import CUTS, WORKER, KeepGradients, assert_same_run
+from launched import WORKER, on_two_ranks
+from same_run import CUTS, KeepGradients, assert_same_run
 from worker import state
 
 from fastdpo import DynamicBeta, preference_loss
@@ -171,12 +168,7 @@ def test_update_does_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:
     jobs.append(jobs[1] | {"folder": str(tmp_path / "saved"), "options": options_of_saved, "result": None})
     resumed = {"resume": str(tmp_path / "saved" / "checkpoint-1"), "result": str(tmp_path / "resumed.pt")}
     jobs.append(jobs[2] | resumed)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(WORKER), json.dumps(jobs)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_ranks(WORKER, jobs)
     for name in ("plain", "dynamic"):
         result = torch.load(tmp_path / f"{name}.pt", weights_only=False)
         alone = tiny.trainer(

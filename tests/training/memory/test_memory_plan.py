@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +13,8 @@ import tiny
 import torch
 from datasets import Dataset
 from families import MODELS
-from same_run import CUTS, WORKER, assert_same_run
+from launched import WORKER, on_two_ranks
+from same_run import CUTS, assert_same_run
 from transformers import BloomConfig, BloomForCausalLM, TrainingArguments
 from worker import injected, state
 
@@ -239,12 +236,7 @@ def test_one_rank_alone(tmp_path: Path) -> None:
     ]
     kept = {"disable_dropout": False, "micro_batch_tokens": "80", "max_steps": 3}
     jobs.append({"folder": str(tmp_path / "kept"), "pairs": 22, "options": CUTS["dynamic"] | options | cuts | kept})
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(WORKER), json.dumps(jobs)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_ranks(WORKER, jobs)
     for name in ("plain", "dynamic"):
         result = torch.load(tmp_path / f"{name}.pt", weights_only=False)
         assert result["failures"] == [0, result["failures"][1]]

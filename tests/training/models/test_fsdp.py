@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,7 @@ import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from bitsandbytes.nn import Linear4bit
 from fsdp_worker import build, outcome
+from launched import on_two_ranks
 from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -53,11 +50,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     jobs["head saved"]["options"]["save_steps"] = 2
     resumed = {"resume": str(root / "head saved" / "checkpoint-2"), "result": str(root / "resumed.pt")}
     jobs["resumed"] = jobs["head saved"] | resumed
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
-    command += ["--rdzv_endpoint=localhost:0", str(WORKER), json.dumps(list(jobs.values()))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_ranks(WORKER, list(jobs.values()))
     results = {name: torch.load(job["result"], weights_only=False) for name, job in jobs.items()}
     return {"root": root, "jobs": jobs, "results": results}
 

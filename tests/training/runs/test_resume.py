@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from launched import Forks
 from peft import get_peft_model
 from safetensors.torch import load_file
-from same_run import WORKER
 from transformers import TrainerCallback
 from worker import state
 
@@ -43,20 +41,28 @@ OPTIONS = {
 }
 
 
-def work(folder: Path, **job: Any) -> subprocess.CompletedProcess[str]:
-    job = {"folder": str(folder), "options": OPTIONS, **job}
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, str(WORKER), json.dumps([job])], capture_output=True, text=True, env=environment, timeout=300
-    )
+#: Runs a job in a process of its own: return code and stderr.
+Work = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Work]:
+    forks = Forks()
+
+    def one(folder: Path, **job: Any) -> tuple[int, str]:
+        stderr = tmp_path_factory.mktemp("stderr") / "stderr"
+        return forks.run({"folder": str(folder), "options": OPTIONS, **job}, stderr)
+
+    yield one
+    forks.close()
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory, work: Work) -> Path:
     """A run of 20 steps, killed with SIGKILL in step 14, after the checkpoint of step 10."""
     folder = tmp_path_factory.mktemp("killed")
-    done = work(folder, event="kill", at=14)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    code, stderr = work(folder, event="kill", at=14)
+    assert code == -signal.SIGKILL, stderr[-2000:]
     assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-10"]
     return folder
 
@@ -80,13 +86,13 @@ def test_resume_after_a_kill_is_bitwise_equal(killed: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("reference", ["lazy", "precompute"])
 @pytest.mark.parametrize("step", [2, 4])
-def test_resume_with_a_reference_cache_is_bitwise_equal(step: int, reference: str, tmp_path: Path) -> None:
+def test_resume_with_a_reference_cache_is_bitwise_equal(step: int, reference: str, work: Work, tmp_path: Path) -> None:
     """Killed in the step after checkpoint 2, in the first epoch, where a lazy cache holds 16 of 24 pairs; and after
     checkpoint 4, in the second, where it is full."""
     options = OPTIONS | {"max_steps": 6, "save_steps": 2, "reference": reference, "micro_batch_tokens": "90"}
     folder = tmp_path / "killed"
-    done = work(folder, event="kill", at=step + 1, options=options)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    code, stderr = work(folder, event="kill", at=step + 1, options=options)
+    assert code == -signal.SIGKILL, stderr[-2000:]
     assert resolve_resume(folder, True) == str(folder / f"checkpoint-{step}")
     kept = load_file(folder / REFERENCE_CACHE_FILE)["logps"]
     assert len(kept) == (16 if (step, reference) == (2, "lazy") else 24)
@@ -94,7 +100,7 @@ def test_resume_with_a_reference_cache_is_bitwise_equal(step: int, reference: st
     straight.train()
     resumed = tiny.trainer(folder, data=tiny.pairs(24), **options)
     resumed.train(resume_from_checkpoint=True)
-    assert resumed.reference_cache.computed == 24 - len(kept)
+    assert resumed.parts.references.cache.computed == 24 - len(kept)
     expected, found = state(straight), state(resumed)
     for name, value in expected.items():
         assert torch.equal(value, found[name]), name
@@ -119,9 +125,9 @@ def _adapted(seed: int) -> Any:
     return get_peft_model(model, tiny.lora(init_lora_weights=False))
 
 
-def test_kill_in_a_save_leaves_nothing_that_resume_accepts(tmp_path: Path) -> None:
-    done = work(tmp_path, event="kill in save", at=20)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+def test_kill_in_a_save_leaves_nothing_that_resume_accepts(work: Work, tmp_path: Path) -> None:
+    code, stderr = work(tmp_path, event="kill in save", at=20)
+    assert code == -signal.SIGKILL, stderr[-2000:]
     torn = staging_folder(tmp_path, 20)
     assert (torn / "adapter_model.safetensors").is_file(), "the kill came too early to test anything"
     with pytest.raises(CheckpointError, match=MANIFEST):
@@ -166,12 +172,12 @@ def test_kill_while_a_checkpoint_is_replaced_keeps_the_old_one(killed: Path, tmp
 
 
 @pytest.mark.parametrize("name", ["sigterm", "sigint"])
-def test_stop_signal_saves_a_checkpoint_and_says_so(name: str, tmp_path: Path) -> None:
+def test_stop_signal_saves_a_checkpoint_and_says_so(name: str, work: Work, tmp_path: Path) -> None:
     number = {"sigterm": signal.SIGTERM, "sigint": signal.SIGINT}[name]
-    done = work(tmp_path, event=name, at=3)
-    assert done.returncode == 128 + number, done.stderr[-2000:]
+    code, stderr = work(tmp_path, event=name, at=3)
+    assert code == 128 + number, stderr[-2000:]
     assert resolve_resume(tmp_path, True) == str(tmp_path / "checkpoint-3")
-    assert f"{name.upper()}: saved {tmp_path / 'checkpoint-3'}" in done.stderr
+    assert f"{name.upper()}: saved {tmp_path / 'checkpoint-3'}" in stderr
 
 
 @pytest.mark.parametrize(
@@ -186,12 +192,14 @@ def test_stop_signal_saves_a_checkpoint_and_says_so(name: str, tmp_path: Path) -
     ],
     ids=["no", "best", "best at end"],
 )  # fmt: skip
-def test_stop_signal_saves_the_step_in_flight_under_every_strategy(strategy: dict[str, Any], tmp_path: Path) -> None:
-    done = work(
+def test_stop_signal_saves_the_step_in_flight_under_every_strategy(
+    strategy: dict[str, Any], work: Work, tmp_path: Path
+) -> None:
+    code, stderr = work(
         tmp_path, event="sigterm", at=3, eval_pairs=4, options={"max_steps": 20, "dynamic_beta": True, **strategy}
     )
-    assert done.returncode == 128 + signal.SIGTERM, done.stderr[-2000:]
-    assert f"saved {tmp_path / 'checkpoint-3'}" in done.stderr
+    assert code == 128 + signal.SIGTERM, stderr[-2000:]
+    assert f"saved {tmp_path / 'checkpoint-3'}" in stderr
     assert resolve_resume(tmp_path, True) == str(tmp_path / "checkpoint-3")
 
 
