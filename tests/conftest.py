@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ pytest.register_assert_rewrite("same_run")  # a helper whose assertions should e
 def pytest_configure() -> None:
     """No test runs unless on what was asked for: with FASTDPO_TEST_DEVICE a card, with FASTDPO_TEST_FLOOR, the folder
     of the oldest versions, these."""
+    from deprecations import warn
+
+    warnings.warn = warn  # before any of our modules is imported
     if folder := os.environ.get("FASTDPO_TEST_FLOOR"):
         from floor import wrong_versions
 
