@@ -22,10 +22,10 @@ test: $(VENV)/.dev
 
 FLOOR := $(abspath $(VENV))/floor
 # Every kernel, and a cut through the trainer; CONTRIBUTING.md names the wider selection
-FLOOR_TESTS ?= tests/device_kernels tests/formulas/test_rng.py \
-  $(patsubst %,tests/ops/test_%.py,linear_logprob_fused selective_logprob preference_loss) \
-  $(patsubst %,tests/training/%.py,scoring/test_scoring rows/test_prefix_sharing models/test_quantized test_trl_trainer) \
-  tests/commands/test_cli.py
+FLOOR_TESTS ?= tests/device_kernels tests/formulas/test_rng.py tests/ops/test_selective_logprob.py \
+  $(wildcard tests/ops/test_linear_logprob_fused*.py tests/ops/test_preference_loss*.py) \
+  $(patsubst %,tests/training/rows/test_%.py,prefix_sharing segment_attention cut) \
+  $(patsubst %,tests/training/%.py,scoring/test_scoring models/test_quantized test_trl_trainer) tests/commands/test_cli.py
 test-floor: $(VENV)/.floor
 	FASTDPO_TEST_FLOOR=$(FLOOR) PYTHONPATH=$(FLOOR) $(BIN)/python -m pytest $(FLOOR_TESTS) $(ARGS)
 

@@ -1,0 +1,20 @@
+"""Pairs for rows that hold several sequences."""
+
+from __future__ import annotations
+
+import tiny
+
+from fastdpo.training.rows.batch import TokenBatch
+from fastdpo.training.rows.layout import Layout
+
+LAYOUTS = [
+    Layout(sharing=True, packing=True),
+    Layout(sharing=True),
+    Layout(packing=True),
+    Layout(sharing=True, packing=True, masked=True),
+    Layout(sharing=True, masked=True),
+]
+
+
+def pairs_of(*triples: tuple[list[int], list[int], list[int]]) -> TokenBatch:
+    return tiny.batch_of(*triples)
