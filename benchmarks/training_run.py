@@ -30,7 +30,7 @@ from benchmarks.training_cases import TrainingCase, preference_ids, set_lora
 from fastdpo import FastDPOConfig, FastDPOTrainer
 from fastdpo.demo.smollm2 import prepare_model
 from fastdpo.training.models.loading import load_model, load_tokenizer, lora_config
-from fastdpo.training.options.config import ModelConfig
+from fastdpo.training.options import ModelConfig
 from fastdpo.training.rows import choice as layout_choice
 
 LEARNING_RATE = 1e-4

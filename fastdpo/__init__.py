@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         token_preference_loss,
     )
     from fastdpo.ops.backends import backends
-    from fastdpo.training.options.config import FastDPOConfig
+    from fastdpo.training.options import FastDPOConfig
     from fastdpo.training.trainer import FastDPOTrainer
 
 #: public name → module. Loaded on first use: the loss functions need torch only, the trainer all of transformers.

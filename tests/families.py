@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from fastdpo.training.models.dropout import disable_dropout
-from fastdpo.training.rows.batch import TokenBatch
+from fastdpo.training.rows import TokenBatch
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,

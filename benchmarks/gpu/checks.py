@@ -27,9 +27,8 @@ import fastdpo
 from benchmarks.gpu.linear_logprob.plans import environment
 from benchmarks.gpu.sizes import FLAGGED_SPREAD, HeadCheck
 from fastdpo import DynamicBeta
-from fastdpo.formulas import oracle, rng
+from fastdpo.formulas import LOSSES, oracle, rng
 from fastdpo.formulas.head_options import STATS
-from fastdpo.formulas.losses import LOSSES
 from fastdpo.ops.backends import resolve_backend
 
 LOGPS_ALLOWED = {torch.float32: 1e-5, torch.float16: 3e-5, torch.bfloat16: 3e-5}

@@ -29,7 +29,7 @@ from benchmarks.gpu.sizes import TOY_LLAMA, TrainingShape
 from fastdpo.estimate.architectures import find_config
 from fastdpo.estimate.skeleton import is_4bit, quantize
 from fastdpo.training.models.loading import quantization_config
-from fastdpo.training.options.config import ModelConfig
+from fastdpo.training.options import ModelConfig
 
 
 def configuration(shape: TrainingShape) -> PretrainedConfig:

@@ -30,11 +30,12 @@ from benchmarks.gpu.sizes import MIB, Sizes
 from benchmarks.training_cases import TrainingCase, preference_ids, set_lora
 from benchmarks.training_run import TRAINERS, StepClock, step_arguments
 from fastdpo.estimate.activations import PairShape
-from fastdpo.training.memory.plan import RetryStep, release_memory
+from fastdpo.training.memory import RetryStep
+from fastdpo.training.memory.plan import release_memory
 from fastdpo.training.models.loading import lora_config
-from fastdpo.training.options.config import ModelConfig
+from fastdpo.training.options import ModelConfig
+from fastdpo.training.rows import PLAIN, Layout
 from fastdpo.training.rows.attention import segments_active
-from fastdpo.training.rows.layout import PLAIN, Layout
 
 #: Largest mean difference of a token's log-prob between two ways through the model: 16 bits round in every layer.
 LOGPS_ALLOWED = {torch.bfloat16: 5e-2, torch.float32: 1e-4}

@@ -14,7 +14,7 @@ from rich.table import Table
 from fastdpo.commands.options import make_parser, parse
 from fastdpo.data import load_preferences
 from fastdpo.training.models.loading import load_model, load_tokenizer, lora_config
-from fastdpo.training.options.config import DataConfig, FastDPOConfig, ModelConfig
+from fastdpo.training.options import DataConfig, FastDPOConfig, ModelConfig
 from fastdpo.training.runs.checkpoint import check_output_dir, recover, resolve_resume
 from fastdpo.training.trainer import FastDPOTrainer
 

@@ -25,7 +25,7 @@ from fastdpo.demo.baseline import bag_of_words_accuracy
 from fastdpo.demo.report import Snapshot, print_report, results_of, take_snapshot
 from fastdpo.demo.smollm2 import prepare_model
 from fastdpo.training.models.loading import load_model, load_tokenizer, lora_config
-from fastdpo.training.options.config import FastDPOConfig, ModelConfig
+from fastdpo.training.options import FastDPOConfig, ModelConfig
 from fastdpo.training.runs.artifacts import METRICS_FILE
 from fastdpo.training.runs.checkpoint import check_output_dir, recover, resolve_resume
 from fastdpo.training.trainer import FastDPOTrainer

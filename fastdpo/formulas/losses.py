@@ -91,7 +91,9 @@ class Loss:
         needs_reference: reads the reference log-probs.
         needs_lengths: reads the completions' lengths.
         uses_beta: β scales it, so that dynamic β acts on it.
-        couples_batch: a pair's loss depends on the other pairs, so it cannot be computed on a part of the batch.
+        couples_batch: a pair's derivative depends on the log-probs of other pairs, so all are scored before any is
+            trained on.
+        mean_over: "pairs", or "tokens" where the mean is over those of the kept pairs' chosen completions.
         matches: what is matched between pairs by rank before the formula, see `rank_matching`; "" for nothing.
         uses_label_smoothing: reads ε, the assumed share of flipped labels.
         supports_f_divergence: acts on the scores s_w, s_l, so that other divergences than the reverse KL fit.
@@ -106,6 +108,7 @@ class Loss:
     needs_lengths: bool = False
     uses_beta: bool = True
     couples_batch: bool = False
+    mean_over: Literal["pairs", "tokens"] = "pairs"
     matches: Literal["", "reference", "rejected"] = ""
     uses_label_smoothing: bool = False
     supports_f_divergence: bool = False
@@ -285,7 +288,7 @@ _TABLE = (
         needs_reference=False,
         uses_beta=False,
         needs_lengths=True,
-        couples_batch=True,
+        mean_over="tokens",
     ),
     Loss(
         "sigmoid_norm",

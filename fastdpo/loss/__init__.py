@@ -3,8 +3,7 @@
 Torch and Triton are all they need. The options of the losses are `LossOptions`, by keyword or together.
 """
 
-from fastdpo.formulas.options import LossOptions
-from fastdpo.formulas.outputs import BetaPlan, BetaState, PreferenceOutput
+from fastdpo.formulas import BetaPlan, BetaState, LossOptions, PreferenceOutput
 from fastdpo.loss.dynamic_beta import DynamicBeta
 from fastdpo.loss.linear_preference import LinearPreferenceOutput, linear_preference_loss
 from fastdpo.loss.logprobs import linear_logprob, selective_logprob

@@ -14,11 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastdpo.formulas import LOSSES, PARAMETERS, BetaPlan, LossOptions, PreferenceOutput
 from fastdpo.formulas.checks import check_plan_tensors
-from fastdpo.formulas.losses import LOSSES, rank_matching
-from fastdpo.formulas.options import LossOptions
-from fastdpo.formulas.outputs import BetaPlan, PreferenceOutput
-from fastdpo.formulas.parameters import PARAMETERS
+from fastdpo.formulas.losses import rank_matching
 from fastdpo.loss.dynamic_beta import DynamicBeta, gather_margins, plan_of
 from fastdpo.ops.preference_loss import operators as ops
 from fastdpo.ops.preference_loss.operators import PackedLoss, PairTensors, packed_together

@@ -13,9 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastdpo.formulas import oracle
-from fastdpo.formulas.options import LossOptions
-from fastdpo.formulas.outputs import PreferenceOutput
+from fastdpo.formulas import LossOptions, PreferenceOutput, oracle
 from fastdpo.loss.dynamic_beta import DynamicBeta
 from fastdpo.ops.preference_loss.operators import PairTensors
 

@@ -8,10 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastdpo.formulas.beta_options import BetaOptions
+from fastdpo.formulas import BetaOptions, BetaPlan, BetaState
 from fastdpo.formulas.checks import check_plan_tensors
 from fastdpo.formulas.oracle import dynamic_beta
-from fastdpo.formulas.outputs import BetaPlan, BetaState
 from fastdpo.formulas.signatures import documents_options
 from fastdpo.ops.backends import check_backend_name
 from fastdpo.ops.preference_loss.operators import PackedPlan, as_plan, plan_batch, serving_backend

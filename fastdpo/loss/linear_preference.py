@@ -15,11 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastdpo.formulas import BetaPlan, LossOptions, LossTerm
 from fastdpo.formulas.head_options import check_head_options
-from fastdpo.formulas.losses import LossTerm
-from fastdpo.formulas.options import LossKeywords, LossOptions, takes_loss_options
+from fastdpo.formulas.options import LossKeywords, takes_loss_options
 from fastdpo.formulas.oracle import completion_weights
-from fastdpo.formulas.outputs import BetaPlan
 from fastdpo.loss.logprobs import linear_logprob, scored_rows, spread_rows
 from fastdpo.loss.preference import preference_loss
 from fastdpo.ops.linear_logprob.operators import check_head_tensors

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastdpo.formulas import PARAMETERS, LossOptions
 from fastdpo.formulas.head_options import check_head_options
-from fastdpo.formulas.options import LossOptions, takes_loss_options
-from fastdpo.formulas.parameters import PARAMETERS
+from fastdpo.formulas.options import takes_loss_options
 from fastdpo.loss.dynamic_beta import DynamicBeta
 from fastdpo.loss.linear_preference import LinearPreferenceOutput, check_sequence_options, linear_preference_loss
 

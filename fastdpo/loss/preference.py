@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastdpo.formulas import LossOptions, LossTerm, PreferenceOutput
 from fastdpo.formulas.checks import (
     check_boundaries,
     check_loss_inputs,
@@ -20,9 +21,7 @@ from fastdpo.formulas.checks import (
     check_preference_tensors,
     check_sorted_losses,
 )
-from fastdpo.formulas.losses import LossTerm
-from fastdpo.formulas.options import LossKeywords, LossOptions, takes_loss_options
-from fastdpo.formulas.outputs import PreferenceOutput
+from fastdpo.formulas.options import LossKeywords, takes_loss_options
 from fastdpo.loss.by_operators import loss_by_operators
 from fastdpo.loss.by_oracle import loss_by_oracle
 from fastdpo.loss.dynamic_beta import DynamicBeta

@@ -5,6 +5,7 @@ Every method is a collective: all ranks call it at the same place. A single proc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -54,6 +55,14 @@ class Ranks:
         found: list[Any] = [value]
         dist.broadcast_object_list(found)
         return found[0]
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Sum each of the tensors, of one dtype, over the ranks in place; one all-reduce for all of them."""
+        if self.count > 1 and tensors:
+            flat = torch.cat([tensor.flatten() for tensor in tensors])
+            dist.all_reduce(flat)
+            for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+                tensor.copy_(summed.view_as(tensor))
 
     def wait(self) -> None:
         """Until all are here."""

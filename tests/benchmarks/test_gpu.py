@@ -17,7 +17,7 @@ from benchmarks.gpu import checks
 from benchmarks.gpu.checks import Error
 from benchmarks.gpu.preference_loss import Step, captured
 from benchmarks.gpu.sizes import REAL, TOY, HeadCheck, Sizes
-from fastdpo.formulas.losses import LOSSES
+from fastdpo.formulas import LOSSES
 from fastdpo.ops.linear_logprob.tiles import plan_fused
 from fastdpo_kernels.linear_logprob import gemm as head_gemm
 from fastdpo_kernels.linear_logprob import tiles as head_tiles

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from fastdpo.commands.cli import COMMANDS, main
 from fastdpo.commands.options import OptionError, make_parser, parse
 from fastdpo.demo.run import DemoConfig
-from fastdpo.training.options.config import DataConfig, FastDPOConfig, ModelConfig
+from fastdpo.training.options import DataConfig, FastDPOConfig, ModelConfig
 
 
 @pytest.fixture

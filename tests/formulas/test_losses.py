@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastdpo.formulas import LossOptions
-from fastdpo.formulas.losses import LOSSES
+from fastdpo.formulas import LOSSES, LossOptions
 from fastdpo.formulas.oracle import preference_gap, preference_loss
 
 # Two pairs, β = 0.5.          log π_w  ref   u_w | log π_l  ref   u_l |  Δ   βΔ | |y_w| |y_l|

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdpo.formulas.losses import LOSSES
+from fastdpo.formulas import LOSSES
 from fastdpo.formulas.oracle import completion_logps, preference_loss
 
 DPOTrainer = pytest.importorskip("trl").DPOTrainer

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastdpo
-from fastdpo.formulas.oracle import BetaPlan, BetaState, dynamic_beta, gumbel_top_k, preference_loss
+from fastdpo.formulas import BetaPlan, BetaState
+from fastdpo.formulas.oracle import dynamic_beta, gumbel_top_k, preference_loss
 from fastdpo.formulas.rng import gumbel
 from fastdpo.loss.dynamic_beta import DynamicBeta
 

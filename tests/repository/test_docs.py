@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from fastdpo.commands.options import make_parser, parse
-from fastdpo.training.options.config import DataConfig, FastDPOConfig, ModelConfig
+from fastdpo.training.options import DataConfig, FastDPOConfig, ModelConfig
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -21,10 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdpo.formulas.beta_options import BetaOptions
+from fastdpo.formulas import LOSSES, BetaOptions, BetaPlan, BetaState, LossTerm
 from fastdpo.formulas.checks import MAX_TRITON_PAIRS, check_plan_tensors, check_preference_tensors, check_triton
-from fastdpo.formulas.losses import LOSSES, LossTerm
-from fastdpo.formulas.outputs import BetaPlan, BetaState
 from fastdpo.ops.backends import ENVIRONMENT, resolve_backend
 from fastdpo.ops.registry import define
 

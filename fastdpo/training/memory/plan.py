@@ -18,7 +18,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from fastdpo.training.options.config import FastDPOConfig
+from fastdpo.training.options import FastDPOConfig
 from fastdpo.training.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class MemoryPlan:
-    """train_tokens, score_tokens: budgets of passes that keep activations, and of those that don't.
+    """Settings that follow the memory; `args.checkpointing` is the option `gradient_checkpointing`.
+
+    train_tokens, score_tokens: budgets of passes that keep activations, and of those that don't.
     checkpointing: whether layers keep their inputs only.
     repeats: whether a step can be repeated; with FSDP, ranks wait for each other in the middle of a forward."""
 

@@ -30,10 +30,8 @@ from fastdpo.training.memory.plan import (
     release_memory,
     set_rng_state,
 )
-from fastdpo.training.options.config import FastDPOConfig
-from fastdpo.training.rows.batch import TokenBatch
-from fastdpo.training.rows.choice import LayoutChoice
-from fastdpo.training.rows.layout import MicroBatch
+from fastdpo.training.options import FastDPOConfig
+from fastdpo.training.rows import LayoutChoice, MicroBatch, TokenBatch
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fastdpo.training.options.config import ModelConfig
+from fastdpo.training.options import ModelConfig
 
 
 def resolve_dtype(name: str) -> torch.dtype:

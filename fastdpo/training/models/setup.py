@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, Pre
 from fastdpo.training.models.dropout import disable_dropout
 from fastdpo.training.models.loading import load_causal_lm
 from fastdpo.training.models.quantized import is_quantized, keep_quantized_layers_trainable
-from fastdpo.training.options.config import FastDPOConfig
+from fastdpo.training.options import FastDPOConfig
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +158,6 @@ def fold_accumulation(args: FastDPOConfig) -> FastDPOConfig:
     folded = copy.copy(args)
     folded.per_device_train_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
     folded.gradient_accumulation_steps = 1
-    # transformers would switch it on at once; here it belongs to the memory plan
+    # transformers would switch it on at once; here it belongs to the memory plan, which reads `checkpointing`
     folded.checkpointing, folded.gradient_checkpointing = args.gradient_checkpointing, False  # type: ignore[assignment]
     return folded

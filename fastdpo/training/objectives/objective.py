@@ -29,12 +29,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo.data import ExampleCollator, TokenizationReport
-from fastdpo.training.options.config import FastDPOConfig
-from fastdpo.training.rows.batch import TokenBatch
-from fastdpo.training.rows.layout import Example, MicroBatch
+from fastdpo.training.options import FastDPOConfig
+from fastdpo.training.rows import Example, MicroBatch, TokenBatch
 from fastdpo.training.runs.artifacts import Facts
+from fastdpo.training.scoring import Scores
 from fastdpo.training.scoring.scorer import unweighted
-from fastdpo.training.scoring.scores import Scores
 
 
 class Plan(Protocol):
@@ -146,12 +145,15 @@ class Objective(ABC):
         return len(scores)
 
     def plan(self, scores: Scores) -> Plan | None:
-        """What is decided on the whole batch; None where nothing is. Commits nothing."""
+        """What is decided on the whole batch, where it is coupled; None where nothing is. Commits nothing."""
         return None
 
     def loss(self, scores: Scores, plan: Plan | None = None) -> Output:
-        """The loss over all examples of `scores`, differentiable in its log-probs."""
+        """The loss over all examples of `scores`, differentiable in its log-probs. Those that `plan` drops add nothing;
+        what the sum is divided by stays the `size` of all."""
         losses = self.losses(scores)
+        if plan is not None:
+            losses = torch.where(plan.keep, losses, 0.0)
         return MeanLoss(losses.sum() / self.size(scores), losses)
 
     def evaluation_loss(self, scores: Scores) -> Output:

@@ -21,10 +21,10 @@ from fastdpo.formulas import LOSSES, PARAMETERS, BetaPlan, LossOptions, Preferen
 from fastdpo.formulas.oracle import completion_weights, preference_gap
 from fastdpo.loss import preference_loss
 from fastdpo.training.objectives.objective import Objective
-from fastdpo.training.options.config import FastDPOConfig
-from fastdpo.training.rows.layout import MicroBatch
+from fastdpo.training.options import FastDPOConfig
+from fastdpo.training.rows import MicroBatch
 from fastdpo.training.runs.artifacts import Facts
-from fastdpo.training.scoring.scores import Scores
+from fastdpo.training.scoring import Scores
 
 #: A checkpoint's file of the running statistics.
 DYNAMIC_BETA_FILE = "dynamic_beta.safetensors"
@@ -101,9 +101,9 @@ class PreferenceObjective(Objective):
         losses = [term.loss for term in self.options.terms]
         self.dynamic_beta = args.make_dynamic_beta().to(args.device) if args.dynamic_beta else None
         self.needs_reference = any(loss.needs_reference for loss in losses)
-        self.couples_batch = args.dynamic_beta or any(loss.sorts_batch for loss in losses)
+        self.couples_batch = args.dynamic_beta or any(loss.couples_batch for loss in losses)
         self.statistics = ("log_sum_sq_probs",) if args.use_weighting else ()
-        per_token = {loss.name for loss in losses if loss.couples_batch and not loss.sorts_batch}
+        per_token = {loss.name for loss in losses if loss.mean_over == "tokens"}
         #: The losses by what their mean is over: pairs, or the tokens of chosen completions. Each to be summed.
         self._per_pair = self._summed({loss.name for loss in losses} - per_token)
         self._per_token = self._summed(per_token)

@@ -12,7 +12,6 @@ from fastdpo.formulas import BetaOptions, LossOptions
 from fastdpo.loss import DynamicBeta
 from fastdpo.training.options.fields import check_fields, like, metadata_of, parameter
 from fastdpo.training.options.losses import check_losses, loss_options, loss_parameters, make_dynamic_beta
-from fastdpo.training.options.model_config import DataConfig, ModelConfig
 from fastdpo.training.options.optimizer import automatic_optimizer
 from fastdpo.training.options.refused import refuse_unsupported
 from fastdpo.training.options.sizes import (
@@ -25,8 +24,6 @@ from fastdpo.training.options.sizes import (
     check_offloading,
     head_workspace_bytes,
 )
-
-__all__ = ["DataConfig", "FastDPOConfig", "ModelConfig"]
 
 
 @dataclass

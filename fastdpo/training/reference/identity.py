@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from fastdpo.training.options.config import FastDPOConfig
+from fastdpo.training.options import FastDPOConfig
 from fastdpo.training.reference.fingerprint import as_json, json_digest, tokenizer_digest, without
 from fastdpo.training.reference.policy import ReferencePolicy
 

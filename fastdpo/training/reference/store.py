@@ -17,10 +17,10 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fastdpo.training.options.config import FastDPOConfig
+from fastdpo.training.options import FastDPOConfig
 from fastdpo.training.ranks import Ranks
 from fastdpo.training.reference.cache import REFERENCE_CACHE_FILE, CachedLogps, ReferenceCache
-from fastdpo.training.rows.batch import TokenBatch
+from fastdpo.training.rows import TokenBatch
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from fastdpo.training.models.dropout import without_dropout
 from fastdpo.training.models.unwrapped import base_model, model_class
-from fastdpo.training.options.config import FastDPOConfig
+from fastdpo.training.options import FastDPOConfig
 from fastdpo.training.ranks import Ranks
 from fastdpo.training.rows.attention import UnsupportedAttention, segments_active
 from fastdpo.training.rows.batch import TokenBatch

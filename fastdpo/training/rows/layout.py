@@ -62,7 +62,7 @@ class MicroBatch:
     members: positions of the examples in their batch.
     indices: (P,) the same as a tensor.
     input_ids: (R, T).
-    position_ids: (R, T), or None where a row is one sequence.
+    position_ids: (R, T), 0 behind a row's end; None where a row is one sequence, and the model counts for itself.
     segments: who attends to whom, or None where causality says it all.
     masked: attention is told so by a dense mask.
     score_rows: (N,) flat positions in R·T whose hidden state predicts a completion token; all examples' first

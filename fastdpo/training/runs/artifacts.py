@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel, TrainerState
 
-from fastdpo.training.options.config import FastDPOConfig
+from fastdpo.training.options import FastDPOConfig
 from fastdpo.training.runs.curves import plot_curves
 from fastdpo.version import __version__
 

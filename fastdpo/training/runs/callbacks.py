@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ProgressCallback
 
-from fastdpo.training.options.config import FastDPOConfig
+from fastdpo.training.options import FastDPOConfig
 from fastdpo.training.ranks import Ranks
 
 if TYPE_CHECKING:

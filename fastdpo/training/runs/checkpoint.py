@@ -1,4 +1,6 @@
-"""Checkpoints that are whole or not there at all, and the output folder's rules.
+"""Checkpoint folders that are whole or not there at all, and the output folder's rules.
+
+`saving.Checkpoints` is what a run does with them, from `FastDPOTrainer._save_checkpoint` and `train`.
 
 A checkpoint is written into a folder beside its place, closed by a manifest of its files and their sizes,
 flushed to the disk, and only then renamed. Resume accepts only folders whose manifest agrees with what lies in them, so
@@ -106,8 +108,8 @@ def recover(run_dir: str | Path) -> None:
 def resolve_resume(run_dir: str | Path, resume_from_checkpoint: str | bool | None) -> str | None:
     """The checkpoint folder to resume from, checked whole; None for a fresh start.
 
-    True, "True", "last" and "latest" mean the newest whole checkpoint in `run_dir`. Raises CheckpointError if there is
-    none, or if the folder named is not whole or cannot be resumed from.
+    True, "True", "last" and "latest" mean the newest checkpoint in `run_dir`, which has to be whole. Raises
+    CheckpointError if there is none, or if the folder named is not whole or cannot be resumed from.
     """
     if resume_from_checkpoint in (None, False, "", "False", "false"):
         return None

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from torch import Tensor
 
-from fastdpo.training.options.config import FastDPOConfig
+from fastdpo.training.options import FastDPOConfig
 from fastdpo.training.ranks import Ranks
 from fastdpo.training.runs.checkpoint import checkpoints
 

@@ -15,9 +15,9 @@ from torch import nn
 from transformers import TrainerState
 from transformers.trainer_callback import ExportableState
 
-from fastdpo.training.options.config import FastDPOConfig
+from fastdpo.training.options import FastDPOConfig
 from fastdpo.training.ranks import Ranks
-from fastdpo.training.reference.policy import ReferencePolicy
+from fastdpo.training.reference import ReferencePolicy
 from fastdpo.training.runs.checkpoint import (
     CheckpointError,
     check_output_dir,

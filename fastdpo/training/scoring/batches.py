@@ -11,8 +11,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fastdpo.training.reference.store import ReferenceStore
-from fastdpo.training.rows.batch import TokenBatch
+from fastdpo.training.reference import ReferenceStore
+from fastdpo.training.rows import TokenBatch
 from fastdpo.training.rows.transfer import to_device
 from fastdpo.training.scoring.passes import Passes
 from fastdpo.training.scoring.scores import Scores

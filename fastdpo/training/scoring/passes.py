@@ -9,13 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from fastdpo.training.memory.plan import MemoryPlan
+from fastdpo.training.memory import MemoryPlan
 from fastdpo.training.models.dropout import without_dropout
 from fastdpo.training.models.sharded import Sharding
-from fastdpo.training.reference.policy import ReferencePolicy
-from fastdpo.training.rows.batch import TokenBatch
-from fastdpo.training.rows.choice import LayoutChoice
-from fastdpo.training.rows.layout import MicroBatch
+from fastdpo.training.reference import ReferencePolicy
+from fastdpo.training.rows import LayoutChoice, MicroBatch, TokenBatch
 from fastdpo.training.scoring.scorer import CompletionScorer, TokenScores
 from fastdpo.training.scoring.scores import Scores
 
@@ -63,8 +61,8 @@ class Passes:
         return batch.cut(budget, sorted(subset), self.layouts.layout) if subset else []
 
     def in_step(self, batch: TokenBatch, micros: Sequence[MicroBatch]) -> Iterator[tuple[MicroBatch, bool]]:
-        """The micro-batches, each True. Where ranks have to keep step, those with fewer than others get fillers, False:
-        they go through the same forwards and backwards and count for nothing."""
+        """The micro-batches, each True: it is real. Where ranks have to keep step (FSDP), those with fewer than others
+        get fillers, False: they go through the same forwards and backwards and count for nothing."""
         missing = self.sharding.most(len(micros)) - len(micros)
         for micro in micros:
             yield micro, True
@@ -93,14 +91,14 @@ class Passes:
     def score(self, batch: TokenBatch, scores: Scores, passes: Sequence[ScoringMicros]) -> None:
         """Fill in the log-probs of policy and reference for micro-batches of `batch`."""
         for micros, by_policy, by_reference in passes:
-            for micro, counts in self.in_step(batch, micros):
+            for micro, real in self.in_step(batch, micros):
                 if by_policy:
                     with without_dropout(self.model) as model:
                         result = self.forward(model, micro, statistics=True)
-                    if counts:
+                    if real:
                         self.scorer.fill_policy(scores, result, micro)
                 if by_reference:
                     with self.reference.active() as model, without_dropout(model):
                         result = self.forward(model, micro)
-                    if counts:
+                    if real:
                         self.scorer.fill_reference(scores, result, micro)

@@ -20,12 +20,12 @@ from transformers import PreTrainedModel
 from fastdpo.formulas.oracle import completion_weights, distribution_statistics
 from fastdpo.loss.logprobs import linear_logprob, selective_logprob
 from fastdpo.ops.linear_logprob.tiles import WORKSPACE
+from fastdpo.training.rows import MicroBatch
 from fastdpo.training.rows.attention import mask_argument
-from fastdpo.training.rows.layout import MicroBatch
 from fastdpo.training.scoring.head import Head, HeadReader, check_calls
 from fastdpo.training.scoring.scores import Scores
 
-#: (K·P, C) completion mask of a micro-batch of P examples → (K·P, C) weights of its tokens.
+#: A micro-batch of P examples → (K·P, C) weights of its tokens.
 TokenWeights = Callable[[MicroBatch], Tensor]
 
 

@@ -18,8 +18,9 @@ from same_run import CUTS, assert_same_run
 from transformers import BloomConfig, BloomForCausalLM, TrainingArguments
 from worker import injected, state
 
+from fastdpo.training.memory import OutOfMemory
 from fastdpo.training.memory import trial as memory_trial
-from fastdpo.training.memory.plan import OutOfMemory, checkpointing_name, is_out_of_memory
+from fastdpo.training.memory.plan import checkpointing_name, is_out_of_memory
 from fastdpo.training.memory.trial import largest_that_fits
 
 #: Tokens of a pair of `even_pairs` in its row: 8 of prompt, 6 of either answer that are read, none of them shared.

@@ -24,10 +24,9 @@ from tiny import NF4
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fastdpo.training.objectives import PreferenceObjective
+from fastdpo.training.reference import ReferenceCache, ReferencePolicy, reference_identity
 from fastdpo.training.reference import cache as reference_cache
-from fastdpo.training.reference import reference_identity
-from fastdpo.training.reference.cache import CachedLogps, Entry, ReferenceCache
-from fastdpo.training.reference.policy import ReferencePolicy
+from fastdpo.training.reference.cache import CachedLogps, Entry
 
 IDENTITY = {"weights": "8c1f", "quantisation": "none", "max_length": "1024", "ld_alpha": "None"}
 #: Values that text, or a detour over another dtype, would not keep.

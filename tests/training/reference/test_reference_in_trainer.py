@@ -15,8 +15,8 @@ from same_run import CUTS, assert_same_run
 from transformers import EvalPrediction, TrainerCallback
 from worker import state
 
+from fastdpo.training.reference import REFERENCE_CACHE_FILE
 from fastdpo.training.reference import store as reference_store
-from fastdpo.training.reference.cache import REFERENCE_CACHE_FILE
 from fastdpo.training.runs.callbacks import TrainingInterrupted
 
 PAIRS = 22

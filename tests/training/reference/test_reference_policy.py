@@ -17,8 +17,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from transformers import AutoModelForCausalLM
 
 from fastdpo.training.models.quantized import keep_quantized_layers_trainable
-from fastdpo.training.reference import fingerprint
-from fastdpo.training.reference.policy import ReferencePolicy
+from fastdpo.training.reference import ReferencePolicy, fingerprint
 
 IDS = torch.arange(1, 13)[None]
 

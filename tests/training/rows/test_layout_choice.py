@@ -31,10 +31,10 @@ from transformers import (
 )
 from worker import state
 
+from fastdpo.training.rows import PLAIN, Layout, LayoutChoice
 from fastdpo.training.rows.attention import SEGMENT_ATTENTION
-from fastdpo.training.rows.choice import LayoutChoice, obstacle
-from fastdpo.training.rows.layout import PLAIN, Layout
-from fastdpo.training.scoring.scorer import CompletionScorer
+from fastdpo.training.rows.choice import obstacle
+from fastdpo.training.scoring import CompletionScorer
 
 SEGMENTS = Layout(sharing=True, packing=True)
 MASK = Layout(sharing=True, masked=True)  # packed only if asked: it is quadratic in the row

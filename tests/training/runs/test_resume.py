@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 from worker import state
 
-from fastdpo.training.reference.cache import REFERENCE_CACHE_FILE
+from fastdpo.training.reference import REFERENCE_CACHE_FILE
 from fastdpo.training.runs.callbacks import TrainingInterrupted
 from fastdpo.training.runs.checkpoint import (
     MANIFEST,

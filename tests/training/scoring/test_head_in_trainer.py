@@ -16,10 +16,10 @@ from families import MODELS, SIZES, adapted, alone, batch, made
 from worker import state
 
 from fastdpo.training.memory.plan import enable_checkpointing
-from fastdpo.training.rows.layout import MicroBatch
+from fastdpo.training.rows import MicroBatch
+from fastdpo.training.scoring import CompletionScorer
 from fastdpo.training.scoring import scorer as scoring
 from fastdpo.training.scoring.head import Head, HeadReader, OpaqueHead, find_head
-from fastdpo.training.scoring.scorer import CompletionScorer
 
 PAIRS = batch()
 for _pair in PAIRS.examples:

@@ -12,9 +12,9 @@ from families import MODELS, alone, batch
 
 from fastdpo.training.models.dropout import disable_dropout
 from fastdpo.training.objectives import PairScores, PreferenceObjective
+from fastdpo.training.scoring import CompletionScorer, Scores
 from fastdpo.training.scoring.head import find_head
-from fastdpo.training.scoring.scorer import CompletionScorer, completion_logits, scored_hidden
-from fastdpo.training.scoring.scores import Scores
+from fastdpo.training.scoring.scorer import completion_logits, scored_hidden
 
 
 @pytest.mark.parametrize("name", MODELS)
