@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import tiny
 
-from fastdpo.training.rows.batch import TokenBatch
-from fastdpo.training.rows.layout import Layout
+from fastdpo.training.rows import Layout, TokenBatch
 
 LAYOUTS = [
     Layout(sharing=True, packing=True),

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from packed_rows import LAYOUTS, pairs_of
 
-from fastdpo.training.rows.layout import PLAIN, Example, Layout, cut
+from fastdpo.training.rows import PLAIN, Example, Layout
+from fastdpo.training.rows.layout import cut
 
 
 def of_lengths(*lengths: int) -> list[Example]:

@@ -13,14 +13,9 @@ from packed_rows import LAYOUTS, pairs_of
 from torch import Tensor
 
 from fastdpo.training.memory.plan import enable_checkpointing
-from fastdpo.training.rows.attention import (
-    Segment,
-    UnsupportedAttention,
-    segments_active,
-)
-from fastdpo.training.rows.batch import TokenBatch
-from fastdpo.training.rows.layout import Example, Layout
-from fastdpo.training.scoring.scorer import CompletionScorer
+from fastdpo.training.rows import Example, Layout, TokenBatch
+from fastdpo.training.rows.attention import Segment, UnsupportedAttention, segments_active
+from fastdpo.training.scoring import CompletionScorer
 
 #: (prompt, chosen, rejected), and how many tokens of the row both completions share beyond a prompt's own.
 ALIKE = [

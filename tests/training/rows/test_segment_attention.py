@@ -12,14 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.training.rows import attention
-from fastdpo.training.rows.attention import (
-    Segment,
-    Segments,
-    UnsupportedAttention,
-    _per_segment,
-    _varlen,
-    dense_mask,
-)
+from fastdpo.training.rows.attention import Segment, Segments, UnsupportedAttention, _per_segment, _varlen, dense_mask
 
 CPU = torch.device("cpu")
 
