@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -60,3 +61,17 @@ def test_shell_command_exists(command: str, tmp_path: Path, monkeypatch: pytest.
     else:
         assert words[0] in ("git", "cd", "pip", "python")
         assert shutil.which(words[0]) or words[0] == "cd" or Path(sys.executable).with_name(words[0]).exists()
+
+
+def test_every_test_that_is_named_exists() -> None:
+    """In documents, comments and docstrings: a reader who follows a name finds its file."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    names = {Path(name).name for name in listed}
+    stale = []
+    for name in listed:
+        if not name.endswith((".md", ".py", ".toml", ".sh")) or name == "CHANGELOG.md":
+            continue
+        text = (ROOT / name).read_text(encoding="utf-8")
+        stale += [f"{name}: {test}" for test in re.findall(r"tests/(?:\w+/)*\w+\.py", text) if test not in listed]
+        stale += [f"{name}: {test}" for test in re.findall(r"\btest_\w+\.py", text) if test not in names]
+    assert not stale, stale

@@ -5,6 +5,6 @@
     head        weight, bias and scales of a call; `row_sums` is what a fold leaves
 
 Public function `fastdpo.loss.logprobs.linear_logprob`; oracle `fastdpo.formulas.oracle`; kernels
-`fastdpo_kernels.linear_logprob`; tests `test_linear_logprob.py`, `test_fused_head.py`; benchmarks
+`fastdpo_kernels.linear_logprob`; tests `test_linear_logprob.py`, `test_linear_logprob_fused.py`; benchmarks
 `benchmarks/linear_logprob/` and `benchmarks/gpu/linear_logprob/`. Triton is imported by the backends that need it.
 """

@@ -5,6 +5,6 @@
     backend_triton    the implementations, by kernels; the torch backend is the oracle, as torch runs it
 
 Public functions `fastdpo.loss.preference` and `fastdpo.loss.dynamic_beta`; oracle `fastdpo.formulas.oracle`; kernels
-`fastdpo_kernels.preference_loss` (dynamic β in it); tests `test_preference_ops.py`, `test_dynamic_beta.py`; benchmarks
+`fastdpo_kernels.preference_loss` (dynamic β in it); tests `test_preference_loss.py`, `test_dynamic_beta.py`; benchmarks
 `benchmarks/preference_loss.py` and `benchmarks/gpu/preference_loss.py`.
 """

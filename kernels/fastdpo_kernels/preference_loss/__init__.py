@@ -5,6 +5,6 @@
     `loss`             log-probs, β and weights → losses and dL/dlogp; `formulas` holds each loss with its derivative
 
 In go log-probs per sequence (B,) or per token (N,) with boundaries. Oracle `fastdpo.formulas.oracle`; tests
-`test_preference_ops.py` and, of the machine code, `test_kernels_compile.py`; on a card
+`test_preference_loss.py` and, of the machine code, `test_kernels_compile.py`; on a card
 `benchmarks/gpu/preference_loss.py`.
 """
