@@ -193,6 +193,16 @@ def test_what_cannot_fit_ends_the_run(tmp_path: Path) -> None:
     assert trainer.parts.memory.checkpointing, "it was tried"
 
 
+def test_a_budget_of_one_pair_is_not_halved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = build(
+        tmp_path, in_training, gradient_checkpointing="false", data=even_pairs(8), micro_batch_tokens=str(PAIR)
+    )
+    with pytest.raises(OutOfMemory, match=f"one pair of {PAIR} tokens"):
+        trainer.train()
+    assert trainer.parts.memory.train_tokens == PAIR
+    assert "is repeated" not in caplog.text
+
+
 def test_other_errors_are_not_taken_for_it(tmp_path: Path) -> None:
     def broken(*_: Any) -> bool:
         raise RuntimeError("size mismatch")

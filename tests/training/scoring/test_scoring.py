@@ -69,8 +69,8 @@ def test_only_scored_rows_reach_the_head(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_length_desensitised_and_weighted_scores(tmp_path: Path) -> None:
-    """LD-DPO weights the tokens beyond the pair's shorter answer by α; WPO's weight is a pair's length-normalised
-    likelihood over Σp². Both from one sequence at a time."""
+    """LD-DPO weights the tokens beyond the pair's shorter answer by α, under the policy and under its reference; WPO's
+    weight is a pair's length-normalised likelihood over Σp². Both from one sequence at a time."""
     model = tiny.llama(vocab_size=97)
     pairs = batch()
     (micro,) = pairs.cut(10_000)
@@ -78,14 +78,20 @@ def test_length_desensitised_and_weighted_scores(tmp_path: Path) -> None:
     scorer = CompletionScorer(objective.token_weights, objective.statistics)
     scores = Scores.zeros(pairs.lengths(), 1)
     scorer.fill_policy(scores, scorer.tokens(model, micro, statistics=True), micro)
+    reference = tiny.llama(seed=1, vocab_size=97)
+    scorer.fill_reference(scores, scorer.tokens(reference, micro), micro)
     weights = PairScores.of(scores).pair_weights
     for index, pair in enumerate(pairs.examples):
         shared = min(map(len, pair.completions))
         weight = 1.0
-        for found, completion in zip(scores.logps[:, index], pair.completions, strict=True):
+        found_of_both = zip(scores.logps[:, index], scores.ref_logps[:, index], strict=True)
+        for (found, ref_found), completion in zip(found_of_both, pair.completions, strict=True):
             tokens = alone(model, pair.prompt, completion)
             expected = tokens[:shared].sum() + 0.25 * tokens[shared:].sum()
             torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+            of_reference = alone(reference, pair.prompt, completion)
+            expected = of_reference[:shared].sum() + 0.25 * of_reference[shared:].sum()
+            torch.testing.assert_close(ref_found.double(), expected, rtol=1e-5, atol=1e-4)
             prompt = pair.prompt
             logits = model(input_ids=torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1].double()
             weight *= float((tokens - logits.softmax(-1).square().sum(-1).log()).mean().exp().detach())
