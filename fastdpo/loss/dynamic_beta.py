@@ -84,6 +84,7 @@ class DynamicBeta(nn.Module):
             return dynamic_beta(margins, self.state, options=self.options, training=self.training)
         return as_plan(plan_batch(margins, *self.state, *self.plan_options().packed(), backend))
 
+    # In training: `FastDPOTrainer.commit_plan`, which the callback `CommitStatistics` calls after the optimizer's step
     @torch.no_grad()
     def commit(self, plan: BetaPlan) -> None:
         """Write the plan's statistics into the buffers, in place."""

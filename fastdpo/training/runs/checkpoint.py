@@ -1,6 +1,6 @@
 """Checkpoint folders that are whole or not there at all, and the output folder's rules.
 
-`saving.Checkpoints` is what a run does with them, from `FastDPOTrainer._save_checkpoint` and `train`.
+Written by `FastDPOTrainer._save_checkpoint`, between `saving.Checkpoints.begin` and `finish`, which calls `publish`.
 
 A checkpoint is written into a folder beside its place, closed by a manifest of its files and their sizes,
 flushed to the disk, and only then renamed. Resume accepts only folders whose manifest agrees with what lies in them, so
