@@ -26,6 +26,15 @@ class MeanLikelihood(Objective):
         return {"accuracy": scores.statistics[0, 0].sum() / tokens, "nll": -scores.sums[0].sum() / tokens}
 
 
+class Relative(MeanLikelihood):
+    """The same of log-ratios to the reference: equal gradients, and a loss of 0 at the start."""
+
+    needs_reference = True
+
+    def losses(self, scores: Scores) -> Tensor:
+        return -(scores.logps[0] - scores.ref_logps[0]) / scores.lengths[0]
+
+
 class Focused(MeanLikelihood):
     """The same weighted by softmax(losses) over the batch: the weights of one answer depend on all of them."""
 

@@ -4,7 +4,8 @@ Symbols, all of shape (B,): u_w and u_l are the log-ratios log π(y|x) − log �
 completion, summed over tokens (log π(y|x) where there is no reference); s_w and s_l are the same after the
 f-divergence; Δ = s_w − s_l; |y| is a completion's length in tokens; σ is the logistic function.
 
-A loss is added by one entry in `LOSSES` and one test, a parameter of its own by one in `parameters.PARAMETERS`. Every
+A loss is added by one entry in `LOSSES` and one test, a parameter of its own by one in `parameters.PARAMETERS`, and for
+Triton by its derivative in the kernels' `preference_loss/formulas.py`; CONTRIBUTING.md has the steps. Every
 formula is finite, with finite gradients, for |u| ≤ 1e4 in float32 and float64. The trainer, the eager oracle and the
 kernels all read needs and parameters from this table.
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -92,6 +91,10 @@ class FusedLinearDPOLoss(nn.Module):
         if alpha != 1.0 and not compute_nll_loss:
             raise ValueError(f"alpha={alpha} weighs the likelihood term; it needs compute_nll_loss=True.")
         own = {"beta": beta, "loss_type": loss_type, "label_smoothing": label_smoothing, "discopop_tau": discopop_tau}
+        given = _loss_options(options, own, named)
+        self.loss_type, self.loss_weights = given.loss_type, given.loss_weights
+        self.label_smoothing, self.f_divergence = given.label_smoothing, given.f_divergence
+        self.reward_beta, self.loss_parameters = given.reward_beta, dict(given.parameters)
         self.ignore_index = ignore_index
         self.alpha = alpha
         self.compute_nll_loss = compute_nll_loss
@@ -99,13 +102,25 @@ class FusedLinearDPOLoss(nn.Module):
         self.average_log_prob = average_log_prob
         self.head_options: dict[str, Any] = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
         self.process_group, self.backend = process_group, backend
-        #: With the likelihood term as the loss "sft". The β in it is β0: `beta` may be a module, which is saved here.
-        self.options = self._with_beta0(_loss_options(options, own, named, alpha if compute_nll_loss else None))
         check_sequence_options(self.options.terms, average_log_prob=average_log_prob)
         check_head_options((), **self.head_options)
 
-    def _with_beta0(self, options: LossOptions) -> LossOptions:
-        return replace(options, beta=self.beta.beta) if isinstance(self.beta, DynamicBeta) else options
+    @property
+    def options(self) -> LossOptions:
+        """The loss' options as the attributes stand now, with the likelihood term as the loss "sft"."""
+        names = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
+        weights = [1.0] * len(names) if self.loss_weights is None else list(self.loss_weights)
+        if self.compute_nll_loss:
+            names, weights = [*names, "sft"], [*weights, self.alpha]
+        return LossOptions(
+            loss_type=names,
+            loss_weights=weights,
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            f_divergence=self.f_divergence,
+            reward_beta=self.reward_beta,
+            parameters=self.loss_parameters,
+        )
 
     def forward(
         self,
@@ -152,7 +167,7 @@ class FusedLinearDPOLoss(nn.Module):
             ref_weight=ref_weight,
             ref_bias=ref_bias,
             ref_logps=None if self.use_ref_model else _input.new_zeros(_input.shape[:1], dtype=torch.float32),
-            options=replace(self.options, beta=self.beta),
+            options=self.options,
             average_log_prob=self.average_log_prob,
             ignore_index=self.ignore_index,
             process_group=self.process_group,
@@ -176,27 +191,19 @@ class FusedLinearDPOLoss(nn.Module):
         return -sums.sum() / lengths.sum().clamp(min=1)
 
 
-def _loss_options(
-    options: LossOptions | None, own: dict[str, Any], named: dict[str, Any], likelihood: float | None
-) -> LossOptions:
-    """`options`, or Liger's arguments (`own`) with the other ones `named`; `likelihood`: the weight of "sft" beside."""
+def _loss_options(options: LossOptions | None, own: dict[str, Any], named: dict[str, Any]) -> LossOptions:
+    """`options`, or Liger's arguments (`own`) with the other ones `named`."""
     if options is not None:
         given = {name: value for name, value in own.items() if value is not _LIGERS_DEFAULTS[name]}
         if LossOptions.of(options, named | given).reduction != "mean":
             raise ValueError(f"options has reduction={options.reduction!r}; the module's loss is a mean, as Liger's.")
-        names, weights = [term.loss.name for term in options.terms], [term.weight for term in options.terms]
-    else:
-        names = [own["loss_type"]] if isinstance(own["loss_type"], str) else list(own["loss_type"])
-        weights = [1.0] * len(names) if named.get("loss_weights") is None else list(named["loss_weights"])
-    if likelihood is not None:
-        names, weights = [*names, "sft"], [*weights, likelihood]
-    if options is not None:
-        return replace(options, loss_type=names, loss_weights=weights)
+        return options
     if "reduction" in named:
         raise ValueError(f"reduction={named['reduction']!r} is not taken: the module's loss is a mean, as Liger's.")
+    names = [own["loss_type"]] if isinstance(own["loss_type"], str) else own["loss_type"]
     if "discopop" not in names and own["discopop_tau"] == _LIGERS_DEFAULTS["discopop_tau"]:
         own = {name: value for name, value in own.items() if name != "discopop_tau"}
-    return LossOptions.of(None, own | named | {"loss_type": names, "loss_weights": weights})
+    return LossOptions.of(None, own | named)
 
 
 @torch.no_grad()

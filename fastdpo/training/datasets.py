@@ -26,16 +26,19 @@ class Tokenization:
         self.objective, self.tokenizer, self.config = objective, tokenizer, config
         self.reports: dict[str, TokenizationReport] = {}
 
-    def __call__(self, dataset: Any, name: str) -> Any:
-        """Token ids of a data set, or of each in a dict of them; one of token ids is checked and passed through.
-
-        Raises TypeError for a stream, ValueError for rows that the objective cannot read.
-        """
+    def each(self, dataset: Any, name: str) -> Any:
+        """`__call__` of a data set, or of each in a dict of them."""
         if isinstance(dataset, dict):
             return {key: self(value, f"{name}_{key}") for key, value in dataset.items()}
-        return None if dataset is None else self._tokenized(dataset, name)
+        return self(dataset, name)
 
-    def _tokenized(self, dataset: Dataset, name: str) -> Dataset:
+    def __call__(self, dataset: Dataset | None, name: str) -> Dataset | None:
+        """Token ids of a data set; one of token ids is checked and passed through.
+
+        Raises TypeError for a stream, ValueError for what the objective cannot read, such as several splits.
+        """
+        if dataset is None:
+            return None
         if isinstance(dataset, IterableDataset):
             raise TypeError(
                 f"{name}_dataset is a streaming IterableDataset, which cannot be shuffled, counted or resumed exactly. "

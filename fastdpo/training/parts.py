@@ -65,7 +65,10 @@ class Parts:
         if sharded:
             reference.agree_on_fingerprint(ranks)
         keeps = args.reference != "online" and objective.needs_reference
-        identity = reference_identity(reference, tokenizer, args, objective.weighting()) if keeps else {}
+        weighting = objective.weighting()
+        if objective.completions != 2:  # pairs' files, which do not say so, stay valid
+            weighting["completions"] = str(objective.completions)
+        identity = reference_identity(reference, tokenizer, args, weighting) if keeps else {}
         cache = ReferenceCache(identity, objective.completions)
         references = ReferenceStore(cache, args, ranks, needed=objective.needs_reference)
         scorer = CompletionScorer(
@@ -96,5 +99,5 @@ class Parts:
             batch_scores,
             MemoryTrial(args, model, memory, layouts, partial(objective.batch_of, device=args.device), score, train),
             OptimizerStep(objective, passes, batch_scores, references, args, ranks, accelerator.backward),
-            Checkpoints(args, ranks, reference, objective.modules(), objective.fixed_options()),
+            Checkpoints(args, ranks, reference, objective.modules, objective.fixed_options()),
         )

@@ -36,8 +36,9 @@ class Ranks:
         """Every rank's (B, ...) in one (ranks·B, ...), in their order."""
         if self.count == 1:
             return rows
+        rows = rows.contiguous()  # or the parts would take over its strides
         parts = [torch.empty_like(rows) for _ in range(self.count)]
-        dist.all_gather(parts, rows.contiguous())
+        dist.all_gather(parts, rows)
         return torch.cat(parts)
 
     def gathered_objects(self, value: T) -> list[T]:

@@ -43,7 +43,7 @@ from fastdpo.training.models.setup import (
     resolve_tokenizer,
 )
 from fastdpo.training.models.sharded import reshard, use_on_cpus
-from fastdpo.training.objectives import Objective, Plan, PreferenceObjective
+from fastdpo.training.objectives import Objective, Plan, PreferenceObjective, refuse_unread_options
 from fastdpo.training.options import FastDPOConfig
 from fastdpo.training.parts import Parts
 from fastdpo.training.rows import GlobalBatch
@@ -85,7 +85,6 @@ class FastDPOTrainer(Trainer):
         TrainingInterrupted: in `train`, after SIGTERM or SIGINT, once a checkpoint is saved.
     """
 
-    _tag_names = ("fastdpo", "dpo")
     # transformers' own, which have no types
     is_fsdp_enabled: bool
     optimizer: Any
@@ -123,6 +122,7 @@ class FastDPOTrainer(Trainer):
         self.config, self.tokenizer = args, resolve_tokenizer(processing_class, model)
         folded = fold_accumulation(args)
         self.objective = PreferenceObjective(folded) if objective is None else objective
+        refuse_unread_options(self.objective, folded)
         self.tokenize = Tokenization(self.objective, self.tokenizer, args)
         #: Final figures, for the model card.
         self.results: dict[str, Any] = {}
@@ -131,7 +131,7 @@ class FastDPOTrainer(Trainer):
             args=folded,
             data_collator=self.objective.collator,
             train_dataset=self.tokenize(train_dataset, "train"),
-            eval_dataset=self.tokenize(eval_dataset, "eval"),
+            eval_dataset=self.tokenize.each(eval_dataset, "eval"),
             processing_class=self.tokenizer,
             compute_metrics=self.evaluation_metrics,
             callbacks=list(callbacks or []),
@@ -150,7 +150,7 @@ class FastDPOTrainer(Trainer):
             self.accelerator,
             sharded=self.is_fsdp_enabled,
         )
-        self.model.add_model_tags(list(self._tag_names))
+        self.model.add_model_tags(list(self.objective.facts().tags))
         self._pending_plan: Plan | None = None
         self._step_metrics: dict[str, list[float]] = defaultdict(list)
         self._parameter_count = self.model.num_parameters(exclude_embeddings=True)
@@ -191,6 +191,7 @@ class FastDPOTrainer(Trainer):
         self, model: PreTrainedModel, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """One optimizer batch of examples: gradients, and the loss over all ranks' examples, which is returned."""
+        self._refuse_another_model()
         model.train()
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             self.optimizer.train()
@@ -210,6 +211,13 @@ class FastDPOTrainer(Trainer):
         self._pending_plan = result.plan
         self._empty_cache_if_due()
         return figures.loss
+
+    def _refuse_another_model(self) -> None:
+        if self.model is not self.parts.passes.model:
+            raise RuntimeError(
+                "trainer.model was replaced after the trainer was built, whose parts and reference belong to the model "
+                "that it was given. Build a new FastDPOTrainer with this model."
+            )
 
     def _real_examples(self, size: int) -> int:
         """Examples of the global batch that are no wrapped duplicates; the dataloader fills up the epoch's last one."""
@@ -310,6 +318,7 @@ class FastDPOTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, Tensor]:
         """No loss yet, the scores of the examples (`Scores.stack`), and a placeholder for labels (B,)."""
+        self._refuse_another_model()
         batch = self.objective.batch(inputs, self.args.device)
         return None, self.parts.batch_scores.evaluated(batch), batch.lengths()[0]
 
@@ -328,7 +337,7 @@ class FastDPOTrainer(Trainer):
     ) -> dict[str, float]:
         """Loss and metrics over whole data sets (default: `eval_dataset`), at β0, without touching any statistic."""
         if isinstance(eval_dataset, (Dataset, dict)):
-            eval_dataset = self.tokenize(eval_dataset, metric_key_prefix)
+            eval_dataset = self.tokenize.each(eval_dataset, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(

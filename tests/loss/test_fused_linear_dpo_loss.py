@@ -210,6 +210,33 @@ def test_module_refuses_a_missing_and_an_unread_reference() -> None:
         FusedLinearDPOLoss(use_ref_model=False)(x["weight"], x["hidden"], x["targets"], ref_input=x["ref_hidden"])
 
 
+def test_options_may_be_set_after_construction() -> None:
+    """As Liger's, which reads its attributes in every call."""
+    data = problem(poison=False)
+    arguments = (data["weight"], data["hidden"], data["targets"], data["bias"])
+    references = (data["ref_hidden"], data["ref_weight"], data["ref_bias"])
+    changes: dict[str, Any] = {
+        "compute_nll_loss": True,
+        "alpha": 0.25,
+        "label_smoothing": 0.3,
+        "beta": 0.7,
+        "reward_beta": 0.2,
+        "loss_type": ["robust", "cpo"],
+        "loss_weights": [2.0, 0.5],
+        "loss_parameters": {"cpo_alpha": 0.4},
+    }
+    changed = FusedLinearDPOLoss()
+    for count, (name, value) in enumerate(changes.items(), 1):
+        setattr(changed, name, value)
+        given = dict(list(changes.items())[:count])
+        parameters = given.pop("loss_parameters", {})
+        expected = FusedLinearDPOLoss(**given, **parameters)
+        ours, theirs = (module(*arguments, *references) for module in (changed, expected))
+        assert torch.equal(ours[0], theirs[0]), name
+        assert torch.equal(ours[1][5], theirs[1][5]), name  # chosen rewards
+        assert getattr(changed, name) == getattr(expected, name) == value
+
+
 def test_exported() -> None:
     assert {"linear_preference_loss", "FusedLinearDPOLoss", "token_preference_loss"} <= set(fastdpo.__all__)
     assert fastdpo.token_preference_loss.__name__ == "token_preference_loss"

@@ -13,16 +13,17 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from datasets import Dataset, DatasetDict
 from launched import WORKER, on_two_ranks
 from same_run import assert_same_run
-from single_answers import Focused, MeanLikelihood, answers
+from single_answers import Focused, MeanLikelihood, Relative, answers
 from torch import Tensor
 from worker import state
 
 from fastdpo import FastDPOTrainer
 from fastdpo.training.objectives import Objective
 
-OPTIONS = {"max_steps": 4, "optim": "sgd", "learning_rate": 0.05}
+OPTIONS = {"max_steps": 4, "optim": "sgd", "learning_rate": 0.05, "beta": 0.1}
 #: Ways to cut a batch into micro-batches and rows.
 CUTS: list[dict[str, Any]] = [
     {},
@@ -34,6 +35,10 @@ CUTS: list[dict[str, Any]] = [
 
 def trainer(folder: Path, objective: Objective, **options: Any) -> FastDPOTrainer:
     return tiny.trainer(folder, **({"data": answers(20), "objective": objective} | OPTIONS | options))
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    return {"prompt_ids": [1, 2], "answer_ids": [3], "example_id": "odd"} | changes
 
 
 def expected_gradients(model: Any, batch: list[dict[str, Any]], focused: bool) -> dict[str, Tensor]:
@@ -123,14 +128,55 @@ def test_evaluation_and_predictions(tmp_path: Path) -> None:
     assert lengths.tolist() == [len(ids) for ids in answers(11, seed=3)["answer_ids"]]
 
 
+def test_kept_references_of_single_answers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In whatever way they come about the run is the same, and pairs' file in their place is told from theirs."""
+    expected = trainer(tmp_path / "without", MeanLikelihood())
+    expected.train()
+    for way in ("online", "lazy", "precompute"):
+        made = trainer(tmp_path / way, Relative(), reference=way, eval_dataset=answers(5, seed=1))
+        assert made.evaluate()["eval_loss"] == 0.0
+        made.train()
+        for name, value in state(expected).items():
+            torch.testing.assert_close(state(made)[name], value, rtol=1e-5, atol=1e-6)
+        assert made.state.log_history[0]["loss"] == pytest.approx(0.0, abs=1e-5)
+    tiny.trainer(tmp_path / "pairs", reference_cache_dir=str(tmp_path / "lazy"), max_steps=1).train()
+    assert "completions was 1, is absent" in caplog.text
+    assert "corrupted" not in caplog.text
+
+
 def test_the_guide_shows_this_objective() -> None:
     guide = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert f"```python\n{inspect.getsource(MeanLikelihood)}```" in guide
 
 
-def test_data_without_its_columns_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no \['answer_ids'\] \(found: .*give it token ids"):
-        trainer(tmp_path, MeanLikelihood(), data=answers(4).remove_columns("answer_ids"))
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (answers(4).remove_columns("answer_ids"), r"no \['answer_ids'\] \(found: .*give it token ids"),
+        (Dataset.from_list([row(), row(prompt_ids=[])]), r"example 'odd' has no token in \['prompt_ids'\]"),
+        (Dataset.from_list([row(answer_ids=[]), row()]), r"example 'odd' has no token in \['answer_ids'\]"),
+        (Dataset.from_list([row(answer_ids=[3] * 127)]), "example 'odd' has 129 tokens, more than max_length=128"),
+        (DatasetDict(train=answers(4), test=answers(2)), "is a DatasetDict; pass one of its splits: train, test"),
+    ],
+)
+def test_data_that_it_cannot_read_is_refused(data: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, MeanLikelihood(), data=data)
+
+
+@pytest.mark.parametrize("option", [{"dynamic_beta": True}, {"loss_type": ["ipo"]}, {"ld_alpha": 0.5}])
+def test_options_that_it_does_not_read_are_refused(option: dict[str, Any], tmp_path: Path) -> None:
+    (name,) = option
+    with pytest.raises(ValueError, match=rf"{name}=.* has no effect with objective=MeanLikelihood"):
+        trainer(tmp_path, MeanLikelihood(), **option)
+    if name != "dynamic_beta":
+        made = MeanLikelihood()
+        made.reads = (name,)
+        trainer(tmp_path, made, **option)
+
+
+def test_its_model_is_not_tagged_as_another_method(tmp_path: Path) -> None:
+    assert trainer(tmp_path, MeanLikelihood()).model.model_tags == ["fastdpo"]
 
 
 def test_a_run_is_not_resumed_under_another_objective(tmp_path: Path) -> None:

@@ -72,7 +72,8 @@ class Coefficients:
 
 
 class Objective(ABC):
-    """See the module's docstring. All tensors are on the run's device, and nothing here may wait for it."""
+    """See the module's docstring. What a step asks is on the run's device, and may not wait for it; of an evaluation,
+    `evaluation_loss`, `metrics` and `named` get scores of the host."""
 
     #: Columns of the completions' token ids in a tokenised data set, beside prompt_ids, example_id and length.
     completion_columns: ClassVar[tuple[str, ...]]
@@ -80,6 +81,8 @@ class Objective(ABC):
     needs_reference: bool = False
     #: c of one example depends on the log-probs of others: the whole batch is scored before training on it.
     couples_batch: bool = False
+    #: Options of preference losses in `FastDPOConfig` that it reads; others that are set are refused.
+    reads: tuple[str, ...] = ()
     #: Statistics of the head in `Scores.statistics`, by `linear_logprob`'s names.
     statistics: tuple[str, ...] = ()
 
@@ -105,14 +108,29 @@ class Objective(ABC):
     ) -> tuple[Dataset, TokenizationReport | None]:
         """A data set with `columns` and `length`, and what became of its rows. By default it holds token ids already.
 
-        Raises ValueError where a column is missing.
+        Raises ValueError where it is several splits, a column is missing, a row has no token to predict from or none to
+        predict, or is longer than `max_length`.
         """
+        if isinstance(dataset, dict):
+            raise ValueError(
+                f"the data set is a {type(dataset).__name__}; pass one of its splits: {', '.join(dataset)}."
+            )
         if missing := [name for name in self.columns if name not in dataset.column_names]:
             raise ValueError(f"the data set has no {missing} (found: {dataset.column_names}); give it token ids.")
+        columns = ("prompt_ids", *self.completion_columns)
+        lengths = [[len(ids) for ids in dataset[name]] for name in columns]
+        for row, (prompt, *completions) in zip(dataset["example_id"], zip(*lengths, strict=True), strict=True):
+            if empty := [name for name, length in zip(columns, (prompt, *completions), strict=True) if not length]:
+                raise ValueError(f"example {row!r} has no token in {empty}; leave it out, or give it one.")
+            longest = prompt + max(completions)
+            if config.max_length is not None and longest > config.max_length:
+                raise ValueError(
+                    f"example {row!r} has {longest} tokens, more than max_length={config.max_length}; cut its ids, as "
+                    "they are not cut here, or raise max_length."
+                )
         if "length" in dataset.column_names:
             return dataset, None
-        ids = [dataset[name] for name in ("prompt_ids", *self.completion_columns)]
-        return dataset.add_column("length", [sum(map(len, row)) for row in zip(*ids, strict=True)]), None
+        return dataset.add_column("length", [sum(row) for row in zip(*lengths, strict=True)]), None
 
     def batch(self, features: Mapping[str, Any], device: torch.device) -> TokenBatch:
         """What `collator` made, as a batch whose micro-batches go to `device`."""
@@ -145,7 +163,7 @@ class Objective(ABC):
         return len(scores)
 
     def plan(self, scores: Scores) -> Plan | None:
-        """What is decided on the whole batch, where it is coupled; None where nothing is. Commits nothing."""
+        """What is decided on the whole batch, asked with `couples_batch` only; None: nothing is. Commits nothing."""
         return None
 
     def loss(self, scores: Scores, plan: Plan | None = None) -> Output:

@@ -22,6 +22,7 @@ from fastdpo.formulas.oracle import completion_weights, preference_gap
 from fastdpo.loss import preference_loss
 from fastdpo.training.objectives.objective import Objective
 from fastdpo.training.options import FastDPOConfig
+from fastdpo.training.options.fields import is_set
 from fastdpo.training.rows import MicroBatch
 from fastdpo.training.runs.artifacts import Facts
 from fastdpo.training.scoring import Scores
@@ -34,6 +35,17 @@ _FIXED_OPTIONS = (
     "use_weighting", "dynamic_beta", "beta_alpha", "beta_momentum", "keep_ratio", "min_beta", "beta_scope",
     "beta_variant",
 )  # fmt: skip
+
+
+def refuse_unread_options(objective: Objective, args: FastDPOConfig) -> None:
+    """Raise ValueError for an option of preference losses that is set and that `objective` does not read."""
+    if not isinstance(objective, PreferenceObjective):
+        for name in _FIXED_OPTIONS:
+            if name not in objective.reads and is_set(args, name):
+                raise ValueError(
+                    f"{name}={getattr(args, name)!r} has no effect with objective={type(objective).__name__}, which "
+                    "does not read it. Leave it out."
+                )
 
 
 @dataclass(frozen=True)
@@ -156,6 +168,7 @@ class PreferenceObjective(Objective):
         )
 
     def losses(self, scores: Scores) -> Tensor:
+        """Those of `loss`, which with `share` is what a step asks here: their sum is over pairs, or over tokens."""
         return self.loss(scores).losses
 
     def loss(self, scores: Scores, plan: Any = None, *, backend: str | None = None) -> PreferenceOutput:

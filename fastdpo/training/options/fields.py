@@ -47,11 +47,16 @@ def check_fields(config: Any) -> None:
             raise ValueError(f"{each.name}={value!r} is unknown; accepted are {', '.join(accepted)}.")
 
 
+def is_set(config: Any, name: str) -> bool:
+    """Whether the option `name` differs from its default."""
+    found = config.__dataclass_fields__[name]
+    default = found.default_factory() if callable(found.default_factory) else found.default
+    return bool(getattr(config, name) != default)
+
+
 def check_conditions(config: Any, met: set[str], conditions: tuple[tuple[tuple[str, ...], str, str], ...]) -> None:
     """Raise ValueError for an option that was changed but acts only under a condition that is not in `met`."""
     for names, condition, advice in conditions:
         for name in names:
-            field_ = config.__dataclass_fields__[name]
-            default = field_.default_factory() if callable(field_.default_factory) else field_.default
-            if getattr(config, name) != default and not met & {name, condition}:
+            if is_set(config, name) and not met & {name, condition}:
                 raise ValueError(f"{name}={getattr(config, name)!r} has no effect here: {advice}")

@@ -6,7 +6,7 @@ What a checkpoint holds beside transformers' own files is given: modules by file
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class Checkpoints:
     Args:
         args, ranks: of the run.
         reference: whose fingerprint a checkpoint holds.
-        modules: file name → module whose state belongs to a checkpoint.
+        modules: gives file name → module whose state belongs to a checkpoint, as they are when it is called.
         fixed: options by name, of the objective, that a resumed run must share; the run's own are added.
     """
 
@@ -53,7 +53,7 @@ class Checkpoints:
         args: FastDPOConfig,
         ranks: Ranks,
         reference: ReferencePolicy,
-        modules: Mapping[str, nn.Module],
+        modules: Callable[[], Mapping[str, nn.Module]],
         fixed: Mapping[str, Any],
     ) -> None:
         self.args, self.ranks, self.reference, self.modules = args, ranks, reference, modules
@@ -97,7 +97,7 @@ class Checkpoints:
     def finish(self, staging: Path, final: Path, state: TrainerState, callbacks: Iterable[Any]) -> None:
         """Add the states of trainer, callbacks and modules, wait for all ranks' files, and publish it as `final`."""
         if self.args.should_save:
-            for name, module in self.modules.items():
+            for name, module in self.modules().items():
                 save_file(module.state_dict(), str(staging / name))
             _export_states(state, callbacks)
             state.save_to_json(str(staging / TRAINER_STATE_FILE))
@@ -130,7 +130,7 @@ class Checkpoints:
 
     def load_modules(self, folder: str) -> None:
         """The modules' states as the checkpoint `folder` has them."""
-        for name, module in self.modules.items():
+        for name, module in self.modules().items():
             module.load_state_dict(load_file(str(Path(folder) / name)))
 
 

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import tiny
 import torch
@@ -281,3 +282,22 @@ def test_nonfinite_loss_stops_the_run_and_names_the_batch(dynamic: bool, tmp_pat
     resumed = tiny.trainer(tmp_path, max_steps=5, save_strategy="no", dynamic_beta=dynamic)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 5
+
+
+def test_several_splits_are_refused_but_for_evaluation(tmp_path: Path) -> None:
+    splits = datasets.DatasetDict(train=tiny.pairs(8), test=tiny.pairs(4))
+    with pytest.raises(ValueError, match="is a DatasetDict; pass one of its splits: train, test"):
+        tiny.trainer(tmp_path, data=splits)
+    trainer = tiny.trainer(tmp_path, eval_dataset=splits)
+    assert {"eval_train_loss", "eval_test_loss"} <= trainer.evaluate().keys()
+    with pytest.raises(ValueError, match="is a DatasetDict; pass one of its splits"):
+        trainer.predict(splits)
+
+
+def test_another_model_is_not_scored_in_the_place_of_its_own(tmp_path: Path) -> None:
+    """The parts and the reference belong to the model that the trainer was built with."""
+    trainer = tiny.trainer(tmp_path, eval_dataset=tiny.pairs(4))
+    trainer.model = tiny.llama(seed=5)
+    for call in (trainer.evaluate, trainer.train):
+        with pytest.raises(RuntimeError, match=r"trainer\.model was replaced after the trainer was built"):
+            call()

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 from worker import state
 
+from fastdpo import DynamicBeta
 from fastdpo.training.reference import REFERENCE_CACHE_FILE
 from fastdpo.training.runs.callbacks import TrainingInterrupted
 from fastdpo.training.runs.checkpoint import (
@@ -319,3 +320,14 @@ def test_best_checkpoint_is_kept_and_loaded(adapter: str, tmp_path: Path) -> Non
     }
     assert history[1] < history[4]
     assert trainer.evaluate()["eval_rewards/margins"] == pytest.approx(history[1], abs=1e-6)
+
+
+def test_a_checkpoint_holds_the_statistics_that_are_in_use(tmp_path: Path) -> None:
+    trainer = tiny.trainer(
+        tmp_path, data=tiny.pairs(16), dynamic_beta=True, max_steps=2, save_steps=2, save_strategy="steps"
+    )
+    trainer.objective.dynamic_beta = DynamicBeta(0.5, momentum=0.2)
+    trainer.train()
+    saved = load_file(str(tmp_path / "checkpoint-2" / "dynamic_beta.safetensors"))
+    assert saved["step"] == 2
+    assert all(torch.equal(saved[name], value) for name, value in trainer.dynamic_beta.state_dict().items())
