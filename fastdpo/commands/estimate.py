@@ -68,8 +68,8 @@ def print_estimate(estimate: Estimate, console: Console) -> None:
 
 def _memory_table(estimate: Estimate) -> Table:
     table = Table(title="predicted peak memory", title_justify="left")
-    for name, justify in (("part", "left"), ("MB", "right"), ("", "left")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for name in ("part", "MB", ""):
+        table.add_column(name, justify="right" if name == "MB" else "left")
     for part in estimate.parts:
         table.add_row(part.name, f"{part.bytes / 1e6:,.0f}", part.note)
     table.add_section()
@@ -79,13 +79,8 @@ def _memory_table(estimate: Estimate) -> Table:
 
 def _fit_table(estimate: Estimate) -> Table:
     table = Table(title="what a card holds, predicted", title_justify="left")
-    for name, justify in (
-        ("card", "left"),
-        ("checkpointing", "left"),
-        ("micro_batch_tokens", "right"),
-        ("longest pair alone", "left"),
-    ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for name in ("card", "checkpointing", "micro_batch_tokens", "longest pair alone"):
+        table.add_column(name, justify="right" if name == "micro_batch_tokens" else "left")
     for fit in estimate.fits:
         pair = fit.longest_pair
         table.add_row(

@@ -83,9 +83,10 @@ class FusedLinearDPOLoss(nn.Module):
         **named: Any,
     ) -> None:
         super().__init__()
-        self.beta = options.beta if isinstance(options, LossOptions) else beta  # type: ignore[assignment]
-        if not isinstance(self.beta, (int, float, DynamicBeta)):
-            raise TypeError(f"beta is a {type(self.beta).__name__}; pass a float or a DynamicBeta.")
+        chosen = options.beta if isinstance(options, LossOptions) else beta
+        if not isinstance(chosen, (int, float, DynamicBeta)):
+            raise TypeError(f"beta is a {type(chosen).__name__}; pass a float or a DynamicBeta.")
+        self.beta = chosen
         if chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size} must be at least 1; it has no effect on the result.")
         if alpha != 1.0 and not compute_nll_loss:

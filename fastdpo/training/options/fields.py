@@ -8,18 +8,18 @@ from typing import Any
 from fastdpo.formulas import PARAMETERS
 
 
-def like(options: type, name: str, help: str | None = None, *, prefix: str = "") -> Any:
+def like(options: Any, name: str, help: str | None = None, *, prefix: str = "") -> Any:
     """A field with default and choices of the field `name` of another dataclass; its help too, unless one is given."""
-    found: Field[Any] = options.__dataclass_fields__[name]  # type: ignore[attr-defined]
+    found: Field[Any] = options.__dataclass_fields__[name]
     metadata = metadata_of(options, name, help, prefix=prefix)
     if found.default is MISSING and found.default_factory is not MISSING:
         return field(default_factory=found.default_factory, metadata=metadata)
     return field(default=found.default, metadata=metadata)
 
 
-def metadata_of(options: type, name: str, help: str | None = None, *, prefix: str = "") -> dict[str, Any]:
+def metadata_of(options: Any, name: str, help: str | None = None, *, prefix: str = "") -> dict[str, Any]:
     """What argparse reads of that field: help and choices."""
-    found = options.__dataclass_fields__[name].metadata  # type: ignore[attr-defined]
+    found = options.__dataclass_fields__[name].metadata
     metadata = {"help": prefix + (found["help"] if help is None else help)}
     return metadata | ({"choices": found["choices"]} if "choices" in found else {})
 

@@ -28,14 +28,14 @@ ALIKE = [
 ]
 
 
-def log_probs(model: Any, pair: Example) -> tuple[Tensor, Tensor]:
+def log_probs(model: Any, pair: Example) -> tuple[Tensor, ...]:
     """Of the chosen and of the rejected completion alone, in float64."""
-    return tuple(alone(model, pair.prompt, ids) for ids in pair.completions)  # type: ignore[return-value]
+    return tuple(alone(model, pair.prompt, ids) for ids in pair.completions)
 
 
-def weights_of(pair: Example) -> tuple[Tensor, Tensor]:
+def weights_of(pair: Example) -> tuple[Tensor, ...]:
     """Some dL/dlogp for each token of a pair."""
-    return tuple(torch.linspace(-1.5, 1.0, len(ids)) + 0.1 * len(ids) for ids in pair.completions)  # type: ignore[return-value]
+    return tuple(torch.linspace(-1.5, 1.0, len(ids)) + 0.1 * len(ids) for ids in pair.completions)
 
 
 class Truth:
