@@ -1,4 +1,6 @@
-"""What a step needs to know of an objective: the one place where a loss, or another kind of data, meets the trainer.
+"""What a step needs to know of an objective: where another kind of data or of step meets the trainer.
+
+(Another loss of pairs is no objective, but an entry of the table in `fastdpo/formulas/losses.py`.)
 
 In the order in which a step asks:
     batch                   what an example is: a prompt with K completions, from the columns of a tokenised data set
