@@ -110,7 +110,7 @@ def _tidy(action: argparse.Action) -> None:
 
 def parse(parser: HfArgumentParser, argv: list[str]) -> tuple[Any, ...]:
     """The dataclasses of `parser` from `argv`. Raises OptionError, ValueError; exits on unknown flags."""
-    path = _option_file(argv)
+    path = option_file(argv)
     if path is not None:
         parser.set_defaults(**read_option_file(path, parser))
     *configs, rest = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
@@ -119,7 +119,8 @@ def parse(parser: HfArgumentParser, argv: list[str]) -> tuple[Any, ...]:
     return tuple(configs)
 
 
-def _option_file(argv: list[str]) -> str | None:
+def option_file(argv: list[str]) -> str | None:
+    """The YAML file of options that the arguments begin with; None where they begin with a flag."""
     return argv[0] if argv and not argv[0].startswith("-") else None
 
 

@@ -11,11 +11,15 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 
-from fastdpo.commands.options import make_parser, parse
+from fastdpo.commands.options import make_parser, option_file, parse
 from fastdpo.data import load_preferences
 from fastdpo.training.models.loading import load_model, load_tokenizer, lora_config
 from fastdpo.training.options import DataConfig, FastDPOConfig, ModelConfig
-from fastdpo.training.runs.checkpoint import check_output_dir, recover, resolve_resume
+from fastdpo.training.ranks import Ranks
+from fastdpo.training.runs.artifacts import metrics_of
+from fastdpo.training.runs.folder import RunFolder
+from fastdpo.training.runs.saving import held_by_first
+from fastdpo.training.runs.start import check_start
 from fastdpo.training.trainer import FastDPOTrainer
 
 _DESCRIPTION = """Align a causal LM on preference pairs with DPO or β-DPO, with a LoRA on a quantised model or without.
@@ -31,52 +35,74 @@ def main(argv: list[str]) -> int:
     """Parse, load, train, evaluate, save. Returns 0; raises what `fastdpo.commands.cli` reports."""
     parser = make_parser("fastdpo train", _DESCRIPTION, ModelConfig, DataConfig, FastDPOConfig)
     model_config, data_config, args = parse(parser, argv)
-    run(model_config, data_config, args)
+    run(model_config, data_config, args, option_file(argv))
     PartialState().destroy_process_group()  # nothing without one; its threads must not outlive the interpreter
     return 0
 
 
-def run(model_config: ModelConfig, data_config: DataConfig, args: FastDPOConfig) -> dict[str, Any]:
-    """One run; cheap checks first, the model last. Returns the final figures."""
+def run(
+    model_config: ModelConfig, data_config: DataConfig, args: FastDPOConfig, option_file: str | None = None
+) -> dict[str, Any]:
+    """One run; cheap checks first, the model last. Returns the final figures.
+
+    option_file: where the options were read from; it stays also where it is the run's that is overwritten.
+    """
     console = Console()
     if model_config.model_name_or_path is None:
         raise ValueError("model_name_or_path is required: a local folder or a hub name.")
     if data_config.dataset_name_or_path is None:
         raise ValueError("dataset_name_or_path is required: a local file or folder, or a hub name.")
-    if args.should_save:
-        recover(args.output_dir)
-    resume = resolve_resume(args.output_dir, args.resume_from_checkpoint)
-    check_output_dir(args.output_dir, resuming=resume is not None, overwrite=args.overwrite_output_dir)
-    for name in ("model_name_or_path", "adapter_name_or_path", "tokenizer_name_or_path"):
-        source = getattr(model_config, name)
-        if source and Path(source).expanduser().resolve() == Path(args.output_dir).resolve():
-            raise ValueError(
-                f"output_dir={args.output_dir!r} is also {name}, which must not be overwritten. Give another."
+    sources = _sources(model_config, data_config)
+    folder, ranks = RunFolder(args.output_dir), Ranks(args.process_index, args.world_size, args.device)
+    with held_by_first(folder, ranks, args.should_save):
+        # Before anything is read or changed; the trainer looks again when it takes the folder over
+        ranks.by_first(
+            lambda: check_start(
+                folder, args.resume_from_checkpoint, overwrite=args.overwrite_output_dir, sources=sources
             )
-    train_dataset, eval_dataset = load_datasets(data_config)
-    tokenizer = load_tokenizer(model_config)
-    trainer = FastDPOTrainer(
-        load_model(model_config),
-        args=args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
-        peft_config=lora_config(model_config),
-    )
-    main_process = trainer.is_world_process_zero()
+        )
+        train_dataset, eval_dataset = load_datasets(data_config)
+        tokenizer = load_tokenizer(model_config)
+        trainer = FastDPOTrainer(
+            load_model(model_config),
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            peft_config=lora_config(model_config),
+        )
+        trainer.parts.checkpoints.protect(sources, keep=[Path(option_file)] if option_file else [])
+        options = {**_set_options(model_config), **_set_options(data_config)}
+        return _train(trainer, console, options, evaluates=eval_dataset is not None)
+
+
+def _train(trainer: FastDPOTrainer, console: Console, options: dict[str, Any], *, evaluates: bool) -> dict[str, Any]:
+    """Train, save the weights, and only then what can be done without."""
+    main_process, folder = trainer.is_world_process_zero(), trainer.args.output_dir
     for name, report in trainer.tokenization.items() if main_process else ():
         console.print(f"{name} pairs: {report.summary()}", highlight=False)
-    result = trainer.train(resume_from_checkpoint=resume)
+    results = dict(trainer.train().metrics)
+    if not results:  # the run that was resumed had taken its last step
+        results = metrics_of(Path(folder))
+        if trainer.parts.checkpoints.is_complete():
+            if main_process:
+                console.print(f"{folder} holds the finished run, whole; nothing was changed", highlight=False)
+            return results
     trainer.save_model(_internal_call=True)  # before the evaluation, which may be interrupted
-    results = dict(result.metrics)
-    if eval_dataset is not None:
+    if evaluates:
         results |= trainer.evaluate()
-    options = {**_set_options(model_config), **_set_options(data_config)}
     trainer.save_run(results, options)
     if main_process:
         console.print(_summary(results))
-        console.print(f"saved in {args.output_dir}", highlight=False)
+        console.print(f"saved in {folder}", highlight=False)
     return results
+
+
+def _sources(model: ModelConfig, data: DataConfig) -> dict[str, str | Path | None]:
+    """Option → where the run starts from: what it must not overwrite."""
+    names = ("model_name_or_path", "adapter_name_or_path", "tokenizer_name_or_path", "chat_template")
+    found = {name: getattr(model, name) for name in names}
+    return found | {name: getattr(data, name) for name in ("dataset_name_or_path", "eval_dataset_name_or_path")}
 
 
 def load_datasets(config: DataConfig) -> tuple[Dataset, Dataset | None]:

@@ -109,7 +109,8 @@ def peak_memory_gib() -> float:
 def results_of(
     before: Snapshot, after: Snapshot, words: dict[str, float], pairs: int, training: dict[str, float]
 ) -> dict[str, Any]:
-    """All figures of the report, for metrics.json. `training`: transformers' metrics, of this call where it resumed."""
+    """All figures of the report, for metrics.json. `training`: transformers' metrics, of this call where it resumed,
+    none where no step was left to train."""
     kinds = sorted(set(after.kinds))
     return {
         **{
@@ -125,8 +126,8 @@ def results_of(
         "bag_of_words": words,
         "training_pairs": pairs,
         "evaluation_pairs": after.pairs,
-        "train_seconds": training["train_runtime"],
-        "pairs_per_second": training["train_samples_per_second"],
+        "train_seconds": training.get("train_runtime", 0.0),
+        "pairs_per_second": training.get("train_samples_per_second", 0.0),
         "peak_memory_gib": peak_memory_gib(),
         "answers": {"before": before.answers, "after": after.answers},
     }

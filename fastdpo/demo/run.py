@@ -26,8 +26,9 @@ from fastdpo.demo.report import Snapshot, print_report, results_of, take_snapsho
 from fastdpo.demo.smollm2 import prepare_model
 from fastdpo.training.models.loading import load_model, load_tokenizer, lora_config
 from fastdpo.training.options import FastDPOConfig, ModelConfig
-from fastdpo.training.runs.artifacts import METRICS_FILE
-from fastdpo.training.runs.checkpoint import check_output_dir, recover, resolve_resume
+from fastdpo.training.runs.artifacts import METRICS_FILE, metrics_of
+from fastdpo.training.runs.folder import RunFolder
+from fastdpo.training.runs.start import check_start
 from fastdpo.training.trainer import FastDPOTrainer
 
 DATA = Path(__file__).parent / "data"
@@ -75,10 +76,13 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
     console = console or Console(highlight=False)
     started = psutil.Process().create_time()  # importing torch and transformers counts
     _quieten()
-    recover(config.output_dir)
-    resume = resolve_resume(config.output_dir, config.resume_from_checkpoint)
-    check_output_dir(config.output_dir, resuming=resume is not None, overwrite=config.overwrite_output_dir)
+    folder = RunFolder(config.output_dir)
+    with folder.held():
+        check_start(folder, config.resume_from_checkpoint, overwrite=config.overwrite_output_dir)
+        return _run(config, console, started)
 
+
+def _run(config: DemoConfig, console: Console, started: float) -> dict[str, Any]:
     console.print("[bold]1.[/bold] preparing SmolLM2-135M-Instruct")
     model_config = demo_model(config)
     tokenizer = load_tokenizer(model_config)
@@ -97,12 +101,16 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
     console.print(f"[bold]3.[/bold] training pairs: {trainer.tokenization['train'].summary()}")
     console.print(f"   evaluation pairs: {trainer.tokenization['eval'].summary()}")
     before = take_snapshot(trainer, DATA / "eval.meta.jsonl")
+    resume = trainer.parts.checkpoints.claim(config.resume_from_checkpoint)
     count = _choose_pairs(config, trainer, before, started, resume)
     available = len(trainer.train_dataset)
     note = "" if count == available else "; --pairs all takes every one"
     console.print(f"[bold]4.[/bold] β-DPO on {count} of {available} pairs, {config.pairs_per_step} per step{note}")
     trainer.train_dataset = trainer.train_dataset.select(range(count))
     training = trainer.train(resume_from_checkpoint=resume)
+    if not training.metrics and trainer.parts.checkpoints.is_complete():
+        console.print(f"{config.output_dir} holds the finished run, whole; nothing was changed")
+        return metrics_of(Path(config.output_dir))
     trainer.save_model()
     console.print("[bold]5.[/bold] evaluating and generating again")
     after = take_snapshot(trainer, DATA / "eval.meta.jsonl")
@@ -171,9 +179,9 @@ def _choose_pairs(
     resume: str | None,
 ) -> int:
     """How many of the training pairs to train on. A resumed run keeps the number it began with."""
-    plan, available = Path(config.output_dir) / PLAN_FILE, len(trainer.train_dataset)
+    folder, available = trainer.parts.checkpoints.folder, len(trainer.train_dataset)
     if resume is not None:
-        planned = int(json.loads(plan.read_text(encoding="utf-8"))["pairs"])
+        planned = int(json.loads((folder.path / PLAN_FILE).read_text(encoding="utf-8"))["pairs"])
         if config.pairs not in ("auto", str(planned)):
             raise ValueError(f"pairs={config.pairs!r}: the run to resume began with {planned}; leave --pairs out.")
         return planned
@@ -186,8 +194,7 @@ def _choose_pairs(
     else:
         count = available if config.pairs == "all" else int(config.pairs)
     count = min(count, available)
-    plan.parent.mkdir(parents=True, exist_ok=True)
-    plan.write_text(json.dumps({"pairs": count}), encoding="utf-8")
+    folder.put(PLAN_FILE, json.dumps({"pairs": count}).encode())
     return count
 
 
@@ -207,4 +214,4 @@ def _add_total_time(trainer: FastDPOTrainer, results: dict[str, Any]) -> None:
     path = Path(trainer.args.output_dir) / METRICS_FILE
     metrics = json.loads(path.read_text(encoding="utf-8"))
     metrics["results"]["seconds"] = results["seconds"]
-    path.write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    trainer.parts.checkpoints.folder.put(METRICS_FILE, json.dumps(metrics, indent=1).encode())

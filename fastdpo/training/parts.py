@@ -18,7 +18,13 @@ from fastdpo.training.models.sharded import Sharding
 from fastdpo.training.objectives import Objective
 from fastdpo.training.options import FastDPOConfig
 from fastdpo.training.ranks import Ranks
-from fastdpo.training.reference import ReferenceCache, ReferencePolicy, ReferenceStore, reference_identity
+from fastdpo.training.reference import (
+    ReferenceCache,
+    ReferencePolicy,
+    ReferenceStore,
+    model_identity,
+    reference_identity,
+)
 from fastdpo.training.rows import LayoutChoice, MicroBatch
 from fastdpo.training.runs.saving import Checkpoints
 from fastdpo.training.scoring import BatchScores, CompletionScorer, Passes
@@ -41,6 +47,8 @@ class Parts:
     trial: MemoryTrial
     step: OptimizerStep
     checkpoints: Checkpoints
+    #: What the model computes beside its weights, see `model_identity`: a first forward may settle some of it.
+    settings: dict[str, str]
 
     @classmethod
     def build(
@@ -99,5 +107,6 @@ class Parts:
             batch_scores,
             MemoryTrial(args, model, memory, layouts, partial(objective.batch_of, device=args.device), score, train),
             OptimizerStep(objective, passes, batch_scores, references, args, ranks, accelerator.backward),
-            Checkpoints(args, ranks, reference, objective.modules, objective.fixed_options()),
+            Checkpoints(args, ranks, references, objective.modules),
+            model_identity(model, args),
         )

@@ -5,7 +5,7 @@ Every method is a collective: all ranks call it at the same place. A single proc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -56,6 +56,22 @@ class Ranks:
         found: list[Any] = [value]
         dist.broadcast_object_list(found)
         return found[0]
+
+    def by_first(self, work: Callable[[], T] | None) -> T:
+        """What the first rank's `work` gives, on all ranks; an error of its is raised on all of them. Others pass
+        None."""
+        result: tuple[Any, ValueError | OSError | None] = (None, None)
+        if work is not None:
+            try:
+                result = work(), None
+            except (ValueError, OSError) as error:
+                if self.count == 1:
+                    raise
+                result = None, error
+        value, failed = self.of_first(result)
+        if failed is not None:
+            raise failed
+        return value
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Sum each of the tensors, of one dtype, over the ranks in place; one all-reduce for all of them."""

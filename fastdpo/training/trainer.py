@@ -28,15 +28,18 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress
 
 from fastdpo.data import TokenizationReport
 from fastdpo.loss.dynamic_beta import DynamicBeta
 from fastdpo.ops.backends import resolve_backend
 from fastdpo.training.datasets import Tokenization
+from fastdpo.training.durable import names_below, placed_whole
 from fastdpo.training.models.quantized import is_quantized
 from fastdpo.training.models.setup import (
     check_offloading,
+    check_optimizer,
     fold_accumulation,
     model_name,
     prepare_models,
@@ -56,6 +59,8 @@ from fastdpo.training.runs.callbacks import (
     StopSignals,
     TrainingInterrupted,
 )
+from fastdpo.training.runs.hub import push_checkpoint
+from fastdpo.training.runs.identity import Identity, run_identity
 from fastdpo.training.runs.nonfinite import NonFiniteLossError, stop_on_nonfinite
 from fastdpo.training.scoring import Scores
 
@@ -88,6 +93,7 @@ class FastDPOTrainer(Trainer):
     # transformers' own, which have no types
     is_fsdp_enabled: bool
     optimizer: Any
+    push_in_progress: Any
 
     def __init__(
         self,
@@ -120,6 +126,8 @@ class FastDPOTrainer(Trainer):
         model, ref_model = prepare_models(model, ref_model, args, quantization_config, peft_config)
         check_offloading(args)
         self.config, self.tokenizer = args, resolve_tokenizer(processing_class, model)
+        check_optimizer(optimizers[0], model)
+        self._given = optimizers
         folded = fold_accumulation(args)
         self.objective = PreferenceObjective(folded) if objective is None else objective
         refuse_unread_options(self.objective, folded)
@@ -203,8 +211,8 @@ class FastDPOTrainer(Trainer):
         figures = self.parts.step.read(result, batch, with_norm=self.accelerator.scaler is None)
         if not figures.finite:
             stop_on_nonfinite(
-                self.args, self.parts.ranks, self.state.global_step + 1, figures.loss_value, figures.grad_norm,
-                self.objective.named(result.everyone), batch.example_ids,
+                self.parts.checkpoints.folder, self.parts.ranks, self.state.global_step + 1, figures.loss_value,
+                figures.grad_norm, self.objective.named(result.everyone), batch.example_ids,
             )  # fmt: skip
         for name, value in figures.metrics.items():
             self._step_metrics[name].append(value)
@@ -259,15 +267,33 @@ class FastDPOTrainer(Trainer):
 
         Raises CheckpointError (an unusable output folder or checkpoint), NonFiniteLossError or TrainingInterrupted.
         """
-        resume = self.parts.checkpoints.claim(resume_from_checkpoint)
-        self.parts.references.load()
-        self.stop_signals.install()
-        try:
-            result = super().train(resume_from_checkpoint=resume, **kwargs)
-        finally:
-            self.stop_signals.restore()
-        self.parts.references.save()
+        saving = self.parts.checkpoints
+        with saving.held():
+            resume = saving.claim(resume_from_checkpoint)
+            saving.check(self._identity(), resume)
+            self.parts.references.load(resume)
+            self.stop_signals.install()
+            try:
+                result = super().train(resume_from_checkpoint=resume, **kwargs)
+            finally:
+                self.stop_signals.restore()
+            self.parts.references.save()
         return result
+
+    def _identity(self) -> Identity:
+        """What the result of the run depends on."""
+        return run_identity(
+            self.args,
+            self.model,
+            self.tokenizer,
+            self.parts.reference,
+            self.parts.settings,
+            self.objective.fixed_options(),
+            train=self.train_dataset,
+            evaluation=self.eval_dataset,
+            columns=[name for name in self.objective.columns if name != "example_id"],
+            given=self._given,
+        )
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         # Before the best weights are loaded and other checkpoints deleted: the step in flight must not be lost.
@@ -279,7 +305,11 @@ class FastDPOTrainer(Trainer):
             interruption = TrainingInterrupted(signum, str(folder))
             logger.warning("%s", interruption)
             raise interruption
-        return super()._finalize_training(trial, num_train_samples, start_time)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # what it removes, it removes unasked
+        try:
+            return super()._finalize_training(trial, num_train_samples, start_time)
+        finally:
+            self.args.save_total_limit = limit
 
     # FSDP
 
@@ -353,36 +383,59 @@ class FastDPOTrainer(Trainer):
     # Checkpoints, and what a finished run leaves
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        step = self.state.global_step
-        run_dir = Path(self._get_output_dir(trial=trial))
-        final = run_dir / f"checkpoint-{step}"
-        staging = self.parts.checkpoints.begin(run_dir, step)
-        if self.hp_search_backend is None and trial is None:
+        saving, step = self.parts.checkpoints, self.state.global_step
+        run_dir = Path(self.args.output_dir)
+        staged = saving.begin(step)
+        with saving.written(staged):
             self.store_flos()
-        self.save_model(str(staging), _internal_call=True)
-        if self.state.best_global_step:
-            best = run_dir / f"checkpoint-{self.state.best_global_step}"
-            if best == final or best.is_dir():
-                self.state.best_model_checkpoint = str(best)
-        if not self.args.save_only_model:
-            self._save_optimizer_and_scheduler(str(staging))
-            self._save_scaler(str(staging))
-            self._save_rng_state(str(staging))
-        self.parts.checkpoints.finish(staging, final, self.state, [*self.callback_handler.callbacks, self.control])
+            super().save_model(str(staged), _internal_call=True)
+            if self.state.best_global_step:
+                best = run_dir / f"checkpoint-{self.state.best_global_step}"
+                if self.state.best_global_step == step or best.is_dir():
+                    self.state.best_model_checkpoint = str(best)
+            if not self.args.save_only_model:
+                self._save_optimizer_and_scheduler(str(staged))
+                self._save_scaler(str(staged))
+                self._save_rng_state(str(staged))
+            self.parts.references.share()
+            final = saving.finish(staged, self.state, [*self.callback_handler.callbacks, self.control])
         self.parts.references.save()
         if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
+            self._push_from_checkpoint(final)
+        saving.rotate(self.state.best_model_checkpoint)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """As transformers', without its pickle of the options: that would hold tokens, and run code when it is read."""
         if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(run_dir),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
-        self.parts.ranks.wait()
+            self.model.save_pretrained(output_dir, state_dict=state_dict)
+            self.tokenizer.save_pretrained(output_dir)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Weights and tokenizer, in `args.output_dir` by default: they get their names once all are written."""
+        if output_dir is None or Path(output_dir).resolve() == Path(self.args.output_dir).resolve():
+            ended = self.state.max_steps > 0 and self.state.global_step >= self.state.max_steps
+            finished = self.state.global_step if ended else None
+            with self.parts.checkpoints.published("file-model", finished=finished) as staged:
+                super().save_model(str(staged), _internal_call=True)
+        else:
+            with placed_whole(Path(output_dir), self.args.should_save) as staged:
+                super().save_model(str(staged), _internal_call=True)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """transformers' would copy over the files of the output folder, and pickle the options there."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        if not self.args.hub_always_push and self.push_in_progress is not None and not self.push_in_progress.is_done():
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        with artifacts.optional(f"upload of {checkpoint_folder}"):
+            stage = self.parts.checkpoints.folder.stage
+            jobs = push_checkpoint(self.args, Path(checkpoint_folder), str(self.hub_model_id), stage)
+            self.push_in_progress = PushInProgress([*getattr(self.push_in_progress, "jobs", []), *jobs])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.parts.checkpoints.check(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.parts.checkpoints.load_modules(resume_from_checkpoint)
 
@@ -400,29 +453,34 @@ class FastDPOTrainer(Trainer):
         results: final figures, stored in metrics.json beside the log. options: further options for run.yaml.
         Returns the files written; none on other processes than the main one.
         """
-        self.results, written = results, []
-        if self.is_world_process_zero():
-            written = artifacts.write_figures(
-                Path(self.args.output_dir), self.state.log_history, results, self.config, options or {}
-            )
-            self.create_model_card()
-            written.insert(2, Path(self.args.output_dir) / artifacts.CARD_FILE)
+        self.results = results
+        with self.parts.checkpoints.published("file-run") as staged:
+            if self.args.should_save:
+                artifacts.write_figures(staged, self.state.log_history, results, self.config, options or {})
+                self._write_card(staged)
+            written = names_below(staged) if self.args.should_save else []
         if self.args.push_to_hub:
-            self.push_to_hub(commit_message="End of training")
-        return written
+            with artifacts.optional("upload of the finished run"):
+                self.push_to_hub(commit_message="End of training")
+        return [Path(self.args.output_dir) / name for name in written]
 
     def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
         """Write the model card: settings, the figures in `results`, sources. `kwargs`: tags, as transformers passes."""
-        if self.is_world_process_zero():
+        with self.parts.checkpoints.published("file-card") as staged:
+            if self.args.should_save:
+                self._write_card(staged, model_name, kwargs.get("tags"))
+
+    def _write_card(self, folder: Path, name: str | None = None, tags: Any = None) -> None:
+        with artifacts.optional(artifacts.CARD_FILE):
             artifacts.write_card(
-                Path(self.args.output_dir) / artifacts.CARD_FILE,
+                folder / artifacts.CARD_FILE,
                 self.model,
                 self.args,
                 self.state,
                 self.objective.facts(),
                 self.results,
-                model_name,
-                kwargs.get("tags"),
+                name,
+                tags,
             )
 
     # Logging

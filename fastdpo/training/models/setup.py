@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -142,6 +143,21 @@ def with_adapter(model: PreTrainedModel, peft_config: PeftConfig | None) -> PreT
     if peft_config.is_prompt_learning:
         raise ValueError(f"peft_config={type(peft_config).__name__} adds virtual tokens; use LoRA.")
     return get_peft_model(model, peft_config)
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer | None, model: PreTrainedModel) -> None:
+    """Refuse an optimizer that would not move what is trained: made before the adapter was, or from another model."""
+    if optimizer is None:
+        return
+    trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    if missing := [name for key, name in trained.items() if key not in set(held)]:
+        others = sum(key not in trained for key in held)
+        raise ValueError(
+            f"optimizers: the {type(optimizer).__name__} holds {len(held)} parameters, {others} of which are not "
+            f"trained, and lacks {len(missing)} that are, {missing[0]} among them. Make it from the parameters of the "
+            "model with its adapter (peft.get_peft_model first), or leave it out."
+        )
 
 
 def check_offloading(args: FastDPOConfig) -> None:

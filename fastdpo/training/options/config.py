@@ -14,6 +14,7 @@ from fastdpo.training.options.fields import check_fields, like, metadata_of, par
 from fastdpo.training.options.losses import check_losses, loss_options, loss_parameters, make_dynamic_beta
 from fastdpo.training.options.optimizer import automatic_optimizer
 from fastdpo.training.options.refused import refuse_unsupported
+from fastdpo.training.options.secrets import without_secrets
 from fastdpo.training.options.sizes import (
     DEFAULT_MICRO_BATCH_TOKENS,
     HEAD_WORKSPACE,
@@ -194,6 +195,10 @@ class FastDPOConfig(TrainingArguments):
                 f"reference_cache_dir={self.reference_cache_dir!r} has no effect with reference='online', which keeps "
                 "nothing. Choose lazy or precompute."
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers', which trackers and our files get: without secrets in options that hold further ones."""
+        return {name: without_secrets(value) for name, value in super().to_dict().items()}
 
     def _resolve_checkpointing(self) -> None:
         """One option out of its three spellings: gradient_checkpointing, activation_checkpointing, true and false."""

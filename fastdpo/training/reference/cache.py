@@ -16,7 +16,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,11 +23,11 @@ from typing import NamedTuple
 import numpy as np
 import safetensors
 import torch
-from filelock import FileLock
 from safetensors.numpy import save as to_safetensors
 from torch import Tensor
 
-from fastdpo.training.durable import flush
+from fastdpo.training.durable import remove_incomplete, write_whole
+from fastdpo.training.lock import hold
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +35,8 @@ logger = logging.getLogger(__name__)
 REFERENCE_CACHE_FILE = "reference_logps.safetensors"
 #: Raised when the meaning of the file changes; a file of another version is computed again.
 FORMAT_VERSION = 1
+#: Seconds: saving takes well under one.
+PATIENCE = 3.0
 #: Bytes of an example's key, see `TokenBatch.key`.
 KEY_BYTES = 16
 
@@ -67,6 +68,14 @@ class UnusableCacheError(ValueError):
     """A file whose values must not be used; the message says why."""
 
 
+class NoCacheError(UnusableCacheError):
+    """A sound file that no cache has written."""
+
+
+class ForeignFileError(OSError):
+    """Under the cache's name lies something that no cache has written: it stays."""
+
+
 class ReferenceCache:
     """Reference log-probs by example, for one identity.
 
@@ -77,12 +86,14 @@ class ReferenceCache:
         completions: of an example, K.
 
     Attributes:
+        patience: seconds that `save` waits for another process.
         hits: examples that `get` has answered.
         computed: examples that `put` has added.
     """
 
     def __init__(self, identity: Mapping[str, str], completions: int = 2) -> None:
         self.identity, self.completions = dict(identity), completions
+        self.patience = PATIENCE
         self.hits = 0
         self.computed = 0
         self._entries: _Entries = {}
@@ -150,28 +161,27 @@ class ReferenceCache:
     def save(self, path: str | Path) -> None:
         """Write everything to `path`, together with what a file of the same identity holds there already.
 
-        A file that must not be used is replaced. The file is written beside its place, flushed and renamed, so that a
-        kill leaves the old one or the new one; a lock keeps savers in several processes from undoing each other's work.
-        A folder that is missing is made. Raises OSError if the file cannot be written.
+        A file that must not be used is replaced, but one that is no reference cache. A kill leaves the old file or the
+        new one; a lock, waited for `patience` seconds, keeps savers in several processes from undoing each other's
+        work. A folder that is missing is made. Raises OSError if the file cannot be written, LockedError (one too)
+        naming who holds the lock, and ForeignFileError.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f"_{path.name}.incomplete")  # uploads to the hub leave out _*
-        with FileLock(path.with_name(f"_{path.name}.lock")):
-            stored = self._usable(path)
+        with hold(path.with_name(f"_{path.name}.lock"), str(path), patience=self.patience):
+            remove_incomplete(path)
+            if path.is_symlink():
+                raise ForeignFileError(f"{path} is a link, which is not followed; it stays")
+            stored = self._usable(path, replacing=True)
             if path.is_file() and self._entries.keys() <= stored.keys():
                 return
-            try:
-                with aside.open("wb") as file:
-                    file.write(_encode(stored | self._entries, self.identity, self.completions))
-                    file.flush()
-                    os.fsync(file.fileno())
-                aside.replace(path)
-            finally:
-                aside.unlink(missing_ok=True)
-            flush(path.parent)
+            write_whole(path, self.encoded(stored))
 
-    def _usable(self, path: Path) -> _Entries:
+    def encoded(self, others: _Entries | None = None) -> bytes:
+        """The bytes of a file with everything that is known, and `others`."""
+        return _encode((others or {}) | self._entries, self.identity, self.completions)
+
+    def _usable(self, path: Path, *, replacing: bool = False) -> _Entries:
         try:
             content = path.read_bytes()
         except FileNotFoundError:
@@ -179,6 +189,8 @@ class ReferenceCache:
         try:
             return _decode(content, self.identity, self.completions)
         except UnusableCacheError as error:
+            if replacing and isinstance(error, NoCacheError):
+                raise ForeignFileError(f"{path} is no reference cache, so it stays") from error
             message = f"{path} is not used, and its reference log-probs are computed again: {error}."
             if message not in self._reported:
                 logger.warning("%s", message)
@@ -205,7 +217,7 @@ def _decode(content: bytes, identity: Mapping[str, str], completions: int) -> _E
     size = int.from_bytes(content[:8], "little")
     text = json.loads(content[8 : 8 + size]).get("__metadata__", {}).get(_HEADER)
     if text is None:
-        raise UnusableCacheError("it is a safetensors file, but no reference cache")
+        raise NoCacheError("it is a safetensors file, but no reference cache")
     try:
         header = json.loads(text)
         version, checksum, stored = header["version"], header.pop("checksum"), dict(header["identity"])

@@ -40,13 +40,10 @@ def reference_identity(
     before the first forward: some quantised layers settle their compute dtype there.
     """
     model: Any = reference.model if reference.ref_model is None else reference.ref_model
-    autocast = "bf16" if config.bf16 else "fp16" if config.fp16 else os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     return {
         "weights": reference.fingerprint(),
-        "model config": json_digest(without(model.config.to_dict(), _CONFIG_WITHOUT_EFFECT)),
         "adapters": "off" if reference.kind == "adapters off" else _adapters(model),
-        "quantisation": _quantisation(model),
-        "precision": f"{model.dtype}, autocast {autocast}, tf32 {config.tf32}".replace("torch.", ""),
+        **model_identity(model, config),
         "tokenizer": tokenizer_digest(tokenizer),
         "max_length": str(config.max_length),
         "max_prompt_length": str(config.max_prompt_length),
@@ -54,10 +51,26 @@ def reference_identity(
     }
 
 
+def model_identity(model: Any, config: FastDPOConfig) -> dict[str, str]:
+    """What a model computes beside its weights and adapters: its config, quantisation and precision."""
+    autocast = "bf16" if config.bf16 else "fp16" if config.fp16 else os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    return {
+        "model config": json_digest(without(model.config.to_dict(), _CONFIG_WITHOUT_EFFECT)),
+        "quantisation": _quantisation(model),
+        "precision": f"{model.dtype}, autocast {autocast}, tf32 {config.tf32}".replace("torch.", ""),
+    }
+
+
+def adapter_settings(model: PeftModel) -> dict[str, dict[str, Any]]:
+    """Adapter → the settings that decide what it computes in training."""
+    dropped = tuple(name for name in _ADAPTER_WITHOUT_EFFECT if name != "lora_dropout")
+    return {name: without(config.to_dict(), dropped) for name, config in model.peft_config.items()}
+
+
 def _adapters(model: nn.Module) -> str:
     if not isinstance(model, PeftModel):
         return "none"
-    settings = {name: without(config.to_dict(), _ADAPTER_WITHOUT_EFFECT) for name, config in model.peft_config.items()}
+    settings = {name: without(each, ("lora_dropout",)) for name, each in adapter_settings(model).items()}
     return json_digest([settings, list(model.base_model.active_adapters)])
 
 

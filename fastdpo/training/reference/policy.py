@@ -40,6 +40,9 @@ class ReferencePolicy:
         self._fingerprint = state_digest(
             model if ref_model is None else ref_model, adapters=self.kind != "adapters off"
         )
+        # Under an adapter the policy has frozen weights, which a reference of its own says nothing of
+        frozen = ref_model is not None and isinstance(model, PeftModel)
+        self._base_fingerprint = state_digest(model, adapters=False) if frozen else None
 
     def tensors(self) -> list[Tensor]:
         """What the reference holds beside the policy's own."""
@@ -60,9 +63,14 @@ class ReferencePolicy:
         """
         return self._fingerprint
 
+    def base_fingerprint(self) -> str | None:
+        """The same of the weights under the policy's adapter, at the start; None where `fingerprint` covers them, or
+        all of them are trained."""
+        return self._base_fingerprint
+
     def agree_on_fingerprint(self, ranks: Ranks) -> None:
         """Take rank 0's: with FSDP, other ranks may get their weights only when these are sharded."""
-        self._fingerprint = ranks.of_first(self._fingerprint)
+        self._fingerprint, self._base_fingerprint = ranks.of_first((self._fingerprint, self._base_fingerprint))
 
     def shard(self, sharding: Sharding) -> None:
         """Follow a model whose parameters were just sharded: of its values at the start, keep this rank's part; a

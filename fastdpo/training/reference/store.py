@@ -17,6 +17,7 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fastdpo.training.lock import LockedError
 from fastdpo.training.options import FastDPOConfig
 from fastdpo.training.ranks import Ranks
 from fastdpo.training.reference.cache import REFERENCE_CACHE_FILE, CachedLogps, ReferenceCache
@@ -62,10 +63,20 @@ class ReferenceStore:
         if computed:
             self.cache.put([batch.key(i) for i in computed], logps.cpu().T[computed])
 
-    def load(self) -> None:
-        """Take over what an earlier run, or this one before it was stopped, has kept."""
-        if self.keeps and (count := self.cache.load(self.file)):
-            logger.info("reference log-probs of %d pairs are known from %s", count, self.file)
+    def load(self, checkpoint: str | None = None) -> None:
+        """Take over what an earlier run has kept; or exactly what this one knew when it saved `checkpoint`, so that
+        what comes next is what would have come without a stop."""
+        if not self.keeps:
+            return
+        saved = None if checkpoint is None else Path(checkpoint) / REFERENCE_CACHE_FILE
+        file = self.file if saved is None or not saved.is_file() else saved
+        try:
+            count = self.cache.load(file)
+        except OSError as error:
+            logger.warning("reference log-probs are computed again: %s cannot be read: %s", file, error)
+        else:
+            if count:
+                logger.info("reference log-probs of %d pairs are known from %s", count, file)
 
     def share(self) -> None:
         """Exchange what the ranks have computed since the last call; an example may go to another rank next time."""
@@ -74,10 +85,25 @@ class ReferenceStore:
             self.cache.merge(entry for entries in gathered for entry in entries)
 
     def save(self) -> None:
-        """Write everything that is known; all ranks call it."""
+        """Write everything that is known for later runs; all ranks call it. A run loses nothing where that fails, so it
+        is a warning then."""
         self.share()
-        if self.keeps and self.args.should_save and len(self.cache):
+        self._write()
+
+    def _write(self) -> None:
+        if not (self.keeps and self.args.should_save and len(self.cache)):
+            return
+        try:
             self.cache.save(self.file)
+        except OSError as error:
+            if isinstance(error, LockedError):
+                self.cache.patience = 0.0  # waited for once
+            logger.warning("reference log-probs are not kept for later runs in %s: %s", self.file, error)
+
+    def save_into(self, checkpoint: Path) -> None:
+        """Everything that is known, `share`d before, into a checkpoint that is written. Raises OSError."""
+        if self.keeps and len(self.cache):
+            (checkpoint / REFERENCE_CACHE_FILE).write_bytes(self.cache.encoded())
 
     def fill(
         self, dataset: Dataset, compute: Callable[[list[dict[str, Any]]], None], stopped: Callable[[], bool]
@@ -97,8 +123,8 @@ class ReferenceStore:
             # The layout is settled by all ranks together, so each needs an example
             compute([dataset[i] for i in own or order[:1]])
             self.share()
-            if self.args.should_save and time.monotonic() - saved > SAVE_EVERY:
-                self.cache.save(self.file)
+            if time.monotonic() - saved > SAVE_EVERY:
+                self._write()
                 saved = time.monotonic()
             if stopped():
                 break

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedModel, TrainerState
 
 from fastdpo.training.options import FastDPOConfig
+from fastdpo.training.options.secrets import is_secret, without_secrets
 from fastdpo.training.runs.curves import plot_curves
 from fastdpo.version import __version__
 
+logger = logging.getLogger(__name__)
+
 METRICS_FILE, CURVES_FILE, OPTIONS_FILE, CARD_FILE = "metrics.json", "curves.png", "run.yaml", "README.md"
+
+#: Base of all that the hub's HTTP client raises, refused connections among them, whichever client it is.
+_HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]  # type: ignore[assignment]
 
 _CARD = """---
 {{ card_data }}
@@ -62,15 +71,32 @@ def write_figures(
     results: dict[str, Any],
     config: FastDPOConfig,
     others: dict[str, Any],
-) -> list[Path]:
-    """metrics.json, the trainer's log `history` and the final figures beside it; run.yaml, `others` and the training
-    options, so that it can be given to `fastdpo train`; the curves. Returns the files written."""
+) -> None:
+    """Into `folder`: metrics.json, the trainer's log `history` and the final figures beside it; run.yaml, `others` and
+    the training options, so that it can be given to `fastdpo train`; the curves, or a warning why there are none."""
     metrics, options, curves = (folder / name for name in (METRICS_FILE, OPTIONS_FILE, CURVES_FILE))
     content = {"fastdpo": __version__, "results": results, "log": history}
     metrics.write_text(json.dumps(content, indent=1, default=float), encoding="utf-8")
-    chosen = {**others, **training_options(config)}
+    chosen = without_secrets({**others, **training_options(config)})
     options.write_text(yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    return [metrics, options, *([curves] if plot_curves(history, curves) else [])]
+    with optional(CURVES_FILE):
+        plot_curves(history, curves)
+
+
+@contextmanager
+def optional(what: str) -> Iterator[None]:
+    """Around what a run can do without: where it fails for want of a file, a package or a connection, that is a
+    warning with its cause."""
+    try:
+        yield
+    except (OSError, ImportError, _HTTPError) as error:
+        logger.warning("no %s: %s: %s", what, type(error).__name__, error)
+
+
+def metrics_of(folder: Path) -> dict[str, Any]:
+    """The final figures of the run in `folder`, as far as it has left them."""
+    path = folder / METRICS_FILE
+    return dict(json.loads(path.read_text(encoding="utf-8"))["results"]) if path.is_file() else {}
 
 
 def training_options(config: FastDPOConfig) -> dict[str, Any]:
@@ -80,7 +106,7 @@ def training_options(config: FastDPOConfig) -> dict[str, Any]:
     for field in dataclasses.fields(config):
         default = field.default_factory() if callable(field.default_factory) else field.default
         value = values.get(field.name)
-        plain = not field.name.endswith("_token") and field.name not in _DERIVED
+        plain = not is_secret(field.name) and field.name not in _DERIVED
         if field.init and plain and value != getattr(default, "value", default) and _is_plain(value):
             options[field.name] = value
     return options

@@ -1,64 +1,72 @@
-"""Checkpoint folders that are whole or not there at all, and the output folder's rules.
+"""A checkpoint's manifest: what its files hold, which run and which checkpoint it comes from, what it was trained with.
 
-Written by `FastDPOTrainer._save_checkpoint`, between `saving.Checkpoints.begin` and `finish`, which calls `publish`.
-
-A checkpoint is written into a folder beside its place, closed by a manifest of its files and their sizes,
-flushed to the disk, and only then renamed. Resume accepts only folders whose manifest agrees with what lies in them, so
-neither a kill in the middle of a save nor a truncated copy is ever trained on.
+A checkpoint is written aside, closed by its manifest, flushed to the disk, and only then gets its name
+(`fastdpo.training.runs.folder`). Resume accepts only folders that hold what their manifest says, so neither a kill in
+the middle of a save nor a truncated copy or a changed bit is ever trained on.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastdpo.training.durable import flush
+from fastdpo.training.durable import FileDigest, digests_of, flush_tree, names_below
+from fastdpo.training.runs.run_list import as_entries, digests_in
+from fastdpo.training.runs.sealed import SEAL, BrokenSealError, sealed, unsealed
 from fastdpo.version import __version__
 
 MANIFEST = "fastdpo_checkpoint.json"
 #: Of a checkpoint's files. Raised by a change that cannot read older ones, which are then refused by this number; one
-#: without a number is of format 1.
-FORMAT = 1
+#: without a number is of format 1, which had no digests.
+FORMAT = 2
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
-_STAGING = re.compile(r"^_checkpoint-(\d+)\.(incomplete|replaced)$")  # uploads to the hub leave out _*
-#: Files by which a finished run is recognised in its output folder.
-_RUN_FILES = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json", "metrics.json")
 
 
 class CheckpointError(ValueError):
     """A folder that cannot be resumed from, or an output folder that must not be written to."""
 
 
-def staging_folder(run_dir: str | Path, step: int) -> Path:
-    """Where the checkpoint of `step` is written before it gets its name."""
-    return Path(run_dir) / f"_checkpoint-{step}.incomplete"
+@dataclass(frozen=True)
+class Manifest:
+    """run: whose. step: after which. parent: name and seal of the checkpoint that it was trained from, or None.
+    resumable: whether it holds the optimizer. identity: see `fastdpo.training.runs.identity`. files: what they hold.
+    seal: of the manifest itself.
+    """
+
+    run: str
+    step: int
+    parent: tuple[str, str] | None
+    resumable: bool
+    identity: Mapping[str, Any]
+    files: dict[str, FileDigest]
+    seal: str
 
 
-def publish(staging: Path, final: Path, state: dict[str, Any]) -> None:
-    """Close `staging` with a manifest holding `state`, flush it, and give it its name, replacing an older `final`."""
-    files = {str(p.relative_to(staging)): p.stat().st_size for p in sorted(staging.rglob("*")) if p.is_file()}
-    manifest = {"fastdpo": __version__, "format": FORMAT, **state, "files": files}
-    (staging / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for path in staging.rglob("*"):
-        flush(path)
-    flush(staging)
-    if final.exists():
-        replaced = final.with_name(f"_{final.name}.replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-        staging.rename(final)
-        shutil.rmtree(replaced)
-    else:
-        staging.rename(final)
-    flush(final.parent)
+def close(
+    folder: Path, *, run: str, step: int, parent: tuple[str, str] | None, resumable: bool, identity: Mapping[str, Any]
+) -> Manifest:
+    """Write the manifest of what lies in `folder`, and flush all of it to the disk. Raises OSError."""
+    content = {
+        "fastdpo": __version__,
+        "format": FORMAT,
+        "run": run,
+        "step": step,
+        "parent": parent,
+        "resumable": resumable,
+        "identity": identity,
+        "files": as_entries(digests_of(folder, names_below(folder))),
+    }
+    (folder / MANIFEST).write_bytes(sealed(content))
+    flush_tree(folder)
+    return read_manifest(folder)
 
 
-def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a whole checkpoint. Raises CheckpointError, saying what is wrong with the folder."""
-    folder = Path(folder)
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest in `folder`, as it was written. Raises CheckpointError, saying what is wrong with it."""
     advice = "Choose another checkpoint of the run, or start anew."
     if not folder.is_dir():
         raise CheckpointError(f"resume_from_checkpoint={str(folder)!r}: no such folder. {advice}")
@@ -67,88 +75,73 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             f"resume_from_checkpoint={str(folder)!r}: {MANIFEST} is missing, so the save was cut short or the folder "
             f"was not written by fastdpo. {advice}"
         )
+    path = folder / MANIFEST
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{folder / MANIFEST} is not readable: {error}. {advice}") from error
-    if (found_format := manifest.get("format", 1)) != FORMAT:
+        _refuse_other_format(path)
+        content = unsealed(path)
+    except (BrokenSealError, OSError) as error:
+        raise CheckpointError(f"{error}. {advice}") from error
+    parent = content["parent"]
+    return Manifest(
+        content["run"],
+        content["step"],
+        None if parent is None else (parent[0], parent[1]),
+        content["resumable"],
+        content["identity"],
+        digests_in(content["files"]),
+        content[SEAL],
+    )
+
+
+def _refuse_other_format(path: Path) -> None:
+    """Before the seal is looked at: another format may have none."""
+    try:
+        content = json.loads(path.read_bytes())
+        found = content.get("format", 1)
+    except (ValueError, AttributeError) as error:
+        raise BrokenSealError(f"{path} is not readable ({error})") from error
+    if found != FORMAT:
         raise CheckpointError(
-            f"{folder} has checkpoint format {found_format}, saved by fastdpo {manifest.get('fastdpo', 'unknown')}; "
-            f"fastdpo {__version__} reads format {FORMAT}. Continue with the version that saved it, or start anew."
+            f"{path} has checkpoint format {found}, saved by fastdpo {content.get('fastdpo', 'unknown')}; fastdpo "
+            f"{__version__} reads format {FORMAT}. Continue with the version that saved it, or start anew."
         )
-    for name, size in manifest["files"].items():
-        found = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if found != size:
-            seen = "is missing" if found is None else f"has {found} bytes"
-            raise CheckpointError(f"{folder / name} {seen}, but {size} were saved. {advice}")
+
+
+def faults(folder: Path, files: Mapping[str, FileDigest]) -> list[str]:
+    """What is wrong with the files below `folder`, each fault with its file's name; none where all hold what they
+    should. Every byte of them is read."""
+    there = {name: folder / name for name in files if (folder / name).is_file()}
+    # Sizes first: most of what is torn shows there, without reading anything
+    whole = [name for name, path in there.items() if path.stat().st_size == files[name].bytes]
+    found = digests_of(folder, whole)
+    result = []
+    for name, digest in files.items():
+        if name not in there:
+            result.append(f"{folder / name} is missing, but {digest.bytes} bytes were saved")
+        elif name not in found:
+            result.append(f"{folder / name} has {there[name].stat().st_size} bytes, but {digest.bytes} were saved")
+        elif found[name] != digest:
+            result.append(f"{folder / name} holds other bytes than were saved")
+    return result
+
+
+def read_whole(folder: Path) -> Manifest:
+    """The manifest of a checkpoint whose files all hold what it says. Raises CheckpointError naming what does not."""
+    manifest = read_manifest(folder)
+    if wrong := faults(folder, manifest.files):
+        more = "" if len(wrong) == 1 else f" (and {len(wrong) - 1} more)"
+        raise CheckpointError(f"{wrong[0]}{more}. Choose another checkpoint of the run, or start anew.")
     return manifest
+
+
+def step_of(folder: Path) -> int | None:
+    """N of a folder named checkpoint-N that is no link; None for any other path."""
+    match = _CHECKPOINT.match(folder.name)
+    return int(match[1]) if match and folder.is_dir() and not folder.is_symlink() else None
 
 
 def checkpoints(run_dir: str | Path) -> list[Path]:
     """The folders named checkpoint-N in `run_dir`, by step."""
     run_dir = Path(run_dir)
-    found = [p for p in run_dir.iterdir() if p.is_dir() and _CHECKPOINT.match(p.name)] if run_dir.is_dir() else []
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
-
-
-def recover(run_dir: str | Path) -> None:
-    """Clean up after a kill: drop unfinished folders, and put back one that was about to be replaced."""
-    run_dir = Path(run_dir)
-    if not run_dir.is_dir():
-        return
-    for path in sorted(run_dir.iterdir()):
-        if match := _STAGING.match(path.name):
-            final = run_dir / f"checkpoint-{match[1]}"
-            if match[2] == "replaced" and not final.exists():
-                path.rename(final)
-            else:
-                shutil.rmtree(path)
-
-
-def resolve_resume(run_dir: str | Path, resume_from_checkpoint: str | bool | None) -> str | None:
-    """The checkpoint folder to resume from, checked whole; None for a fresh start.
-
-    True, "True", "last" and "latest" mean the newest checkpoint in `run_dir`, which has to be whole. Raises
-    CheckpointError if there is none, or if the folder named is not whole or cannot be resumed from.
-    """
-    if resume_from_checkpoint in (None, False, "", "False", "false"):
-        return None
-    if resume_from_checkpoint in (True, "True", "true", "last", "latest"):
-        found = checkpoints(run_dir)
-        if not found:
-            raise CheckpointError(f"resume_from_checkpoint: {str(run_dir)!r} holds no checkpoint. Start without it.")
-        folder = found[-1]
-    else:
-        folder = Path(str(resume_from_checkpoint)).expanduser()
-    if not read_manifest(folder).get("resumable", False):
-        raise CheckpointError(
-            f"{folder} was saved with save_only_model=True, so it holds no optimizer to resume with. "
-            "Train its weights further as adapter_name_or_path or model_name_or_path."
-        )
-    return str(folder)
-
-
-def check_output_dir(run_dir: str | Path, *, resuming: bool, overwrite: bool) -> None:
-    """Raise CheckpointError if `run_dir` holds another run, unless that is resumed or is to be overwritten."""
-    run_dir = Path(run_dir)
-    if run_dir.exists() and not run_dir.is_dir():
-        raise CheckpointError(f"output_dir={str(run_dir)!r} is a file. Give a folder.")
-    if (held := _run_files(run_dir)) and not resuming and not overwrite:
-        names = ", ".join(sorted(path.name for path in held)[:4])
-        raise CheckpointError(
-            f"output_dir={str(run_dir)!r} holds another run ({names}). Continue it with "
-            "--resume_from_checkpoint last, replace it with --overwrite_output_dir, or give another folder."
-        )
-
-
-def clear_output_dir(run_dir: str | Path) -> None:
-    """Delete the checkpoints and results of the run that `run_dir` holds, so that no later resume can pick up one of
-    its steps; other files stay."""
-    for path in _run_files(Path(run_dir)):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _run_files(run_dir: Path) -> list[Path]:
-    results = [run_dir / name for name in _RUN_FILES]
-    results += [path for path in run_dir.glob(f"*/{_RUN_FILES[0]}") if not path.parent.name.startswith("checkpoint-")]
-    return [*checkpoints(run_dir), *(path for path in results if path.is_file())]
+    found = [path for path in run_dir.iterdir() if step_of(path) is not None] if run_dir.is_dir() else []
+    return sorted(found, key=lambda path: step_of(path) or 0)

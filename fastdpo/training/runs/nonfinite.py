@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import Tensor
 
-from fastdpo.training.options import FastDPOConfig
 from fastdpo.training.ranks import Ranks
-from fastdpo.training.runs.checkpoint import checkpoints
+from fastdpo.training.runs.folder import RunFolder
 
 NONFINITE_FILE = "nonfinite_batch.json"
 
@@ -21,7 +19,7 @@ class NonFiniteLossError(FloatingPointError):
 
 
 def stop_on_nonfinite(
-    args: FastDPOConfig,
+    folder: RunFolder,
     ranks: Ranks,
     step: int,
     loss: float,
@@ -29,22 +27,22 @@ def stop_on_nonfinite(
     scores: Mapping[str, Tensor],
     example_ids: list[str],
 ) -> NoReturn:
-    """Save example ids and scores of the global batch (`scores`: all ranks', by name; `example_ids`: this rank's) and
-    raise NonFiniteLossError."""
-    path = Path(args.output_dir) / NONFINITE_FILE
-    report = {
+    """Save example ids and scores of the global batch (`scores`: all ranks', by name; `example_ids`: this rank's) in
+    `folder` and raise NonFiniteLossError."""
+    report: dict[str, Any] = {
         "step": step,
         "loss": repr(loss),
         "grad_norm": repr(grad_norm),
         "example_ids": [example for rank in ranks.gathered_objects(example_ids) for example in rank],
         "scores": {name: [repr(value) for value in values.tolist()] for name, values in scores.items()},
     }
-    if args.should_save:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    found = checkpoints(args.output_dir)
-    last = f"The last checkpoint, {found[-1]}, is intact." if found else "No checkpoint had been saved yet."
+    where, newest = f"The batch's example ids are {', '.join(report['example_ids'])}.", None
+    if folder.list is not None:  # on the rank that writes, while it trains
+        path, newest = folder.put(NONFINITE_FILE, json.dumps(report, indent=1).encode()), folder.newest()
+        where = f"The batch's example ids and scores are in {path}."
+    where, newest = ranks.of_first((where, newest))
+    last = f"The last checkpoint, {newest}, is intact." if newest else "No checkpoint had been saved yet."
     raise NonFiniteLossError(
-        f"step {step}: loss {loss}, gradient norm {grad_norm}. The batch's example ids and scores are in {path}. "
-        f"{last} Look at those examples, lower learning_rate, or use bf16 instead of fp16."
+        f"step {step}: loss {loss}, gradient norm {grad_norm}. {where} {last} Look at those examples, lower "
+        "learning_rate, or use bf16 instead of fp16."
     )

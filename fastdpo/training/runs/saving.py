@@ -1,15 +1,19 @@
 """The checkpoints of one run: its folder claimed, whole checkpoints written, and what a resume must share compared.
 
-What a checkpoint holds beside transformers' own files is given: modules by file name, and the options that are fixed.
+What a checkpoint holds beside transformers' own files is given: modules by file name, the reference log-probs that are
+known, and the identity of the run. They get their place together or not at all.
 """
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerState
@@ -17,25 +21,24 @@ from transformers.trainer_callback import ExportableState
 
 from fastdpo.training.options import FastDPOConfig
 from fastdpo.training.ranks import Ranks
-from fastdpo.training.reference import ReferencePolicy
-from fastdpo.training.runs.checkpoint import (
-    CheckpointError,
-    check_output_dir,
-    clear_output_dir,
-    publish,
-    read_manifest,
-    recover,
-    resolve_resume,
-    staging_folder,
-)
+from fastdpo.training.reference import ReferenceStore
+from fastdpo.training.runs.checkpoint import CheckpointError, close, faults, read_manifest
+from fastdpo.training.runs.folder import RunFolder
+from fastdpo.training.runs.identity import Identity
+from fastdpo.training.runs.start import Start, check_start, list_of_start, read_list
 
-#: Options that a resumed run cannot change, whatever its objective: those that decide which examples come next, and in
-#: which order sums are taken.
-_FIXED_OPTIONS = (
-    "max_length", "max_prompt_length", "seed", "data_seed", "train_sampling_strategy", "deterministic_attention",
-    "head_workspace_bytes",
-)  # fmt: skip
+logger = logging.getLogger(__name__)
+
 TRAINER_STATE_FILE = "trainer_state.json"
+
+
+@contextmanager
+def held_by_first(folder: RunFolder, ranks: Ranks, writes: bool) -> Iterator[None]:
+    """The folder is this run's: held by the rank that `writes`; all enter and leave together. Raises LockedError on all
+    of them."""
+    with ExitStack() as stack:
+        ranks.by_first((lambda: stack.enter_context(folder.held())) if writes else None)
+        yield
 
 
 class Checkpoints:
@@ -43,90 +46,170 @@ class Checkpoints:
 
     Args:
         args, ranks: of the run.
-        reference: whose fingerprint a checkpoint holds.
+        references: whose log-probs a checkpoint holds.
         modules: gives file name → module whose state belongs to a checkpoint, as they are when it is called.
-        fixed: options by name, of the objective, that a resumed run must share; the run's own are added.
+
+    Attributes:
+        folder: of the run; the first rank changes it.
+        identity: what a checkpoint is saved with; set by `start`.
     """
 
     def __init__(
         self,
         args: FastDPOConfig,
         ranks: Ranks,
-        reference: ReferencePolicy,
+        references: ReferenceStore,
         modules: Callable[[], Mapping[str, nn.Module]],
-        fixed: Mapping[str, Any],
     ) -> None:
-        self.args, self.ranks, self.reference, self.modules = args, ranks, reference, modules
-        self.fixed = {
-            **fixed,
-            **{name: getattr(args, name) for name in _FIXED_OPTIONS},
-            "pairs per step": args.train_batch_size * args.world_size,
-        }
+        self.args, self.ranks, self.references, self.modules = args, ranks, references, modules
+        self.folder = RunFolder(args.output_dir)
+        self.identity: Identity | None = None
         self._claimed = False
+        self._sources: Mapping[str, str | Path | None] = {}
+        self._keep: Collection[Path] = ()
 
-    def claim(self, resume_from_checkpoint: str | bool | None) -> str | None:
-        """Apply the output folder's rules once; the checkpoint folder to resume from, or None.
+    # The folder
 
-        Raises CheckpointError: see `check_output_dir` and `resolve_resume`.
+    def protect(self, sources: Mapping[str, str | Path | None], keep: Collection[Path] = ()) -> None:
+        """What `claim` must not clear. sources: of the run, by option; one in the folder is refused. keep: files of the
+        other run that stay."""
+        self._sources, self._keep = sources, keep
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The folder is this process's; all ranks enter and leave together. Raises LockedError on all of them."""
+        with held_by_first(self.folder, self.ranks, self.args.should_save):
+            yield
+
+    def claim(self, resume_from_checkpoint: str | bool | None = None) -> str | None:
+        """Take the folder over for this run, under `held`; the checkpoint to resume from, or None.
+
+        Raises CheckpointError on all ranks: see `check_start`; nothing was changed then.
         """
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
-        if self.args.should_save:
-            recover(self.args.output_dir)
-        self.ranks.wait()
-        resume = resolve_resume(self.args.output_dir, resume_from_checkpoint)
-        if not self._claimed:
-            resuming, overwrite = resume is not None, self.args.overwrite_output_dir
-            check_output_dir(self.args.output_dir, resuming=resuming, overwrite=overwrite)
-            self.ranks.wait()
-            if self.args.should_save and overwrite and not resuming:
-                clear_output_dir(self.args.output_dir)
+
+        def work() -> str | None:
+            start = self._take(resume_from_checkpoint)
+            return None if start.resume is None else str(start.resume)
+
+        resume = self.ranks.by_first(work if self.args.should_save else None)
         self._claimed = True
-        self.ranks.wait()
         return resume
 
-    def begin(self, run_dir: Path, step: int) -> Path:
-        """An empty folder for the checkpoint of `step`, which all ranks write into."""
-        staging = staging_folder(run_dir, step)
-        if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-        self.ranks.wait()
-        return staging
+    def _take(self, resume: str | bool | None) -> Start:
+        folder = self.folder
+        # What an earlier call of train has left is this trainer's own
+        overwrite = self.args.overwrite_output_dir or self._claimed
+        start = check_start(folder, resume, overwrite=overwrite, sources=self._sources)
+        folder.list = read_list(folder.path)
+        if folder.list is not None and not self._claimed:
+            if folder.recover():
+                start = check_start(folder, resume, overwrite=overwrite, sources=self._sources)
+            if not start.in_place:
+                folder.clear(self._keep)
+        folder.begin(list_of_start(folder, start, keep=self._claimed))
+        return start
 
-    def finish(self, staging: Path, final: Path, state: TrainerState, callbacks: Iterable[Any]) -> None:
-        """Add the states of trainer, callbacks and modules, wait for all ranks' files, and publish it as `final`."""
+    def check(self, identity: Identity, resume: str | None) -> None:
+        """Take `identity` for this run. Raises CheckpointError on all ranks where it cannot continue from `resume`."""
+        self.identity = identity
+
+        def work() -> None:
+            if resume is not None and (honoured := identity.check(resume, read_manifest(Path(resume)).identity)):
+                logger.warning("%s", honoured)
+
+        self.ranks.by_first(work if self.args.should_save else None)
+
+    @contextmanager
+    def published(self, name: str, *, finished: int | None = None) -> Iterator[Path]:
+        """A folder aside, whose files then get their names in the run's folder together; all ranks call it. finished:
+        the step after which the run's weights are among them.
+
+        Raises CheckpointError where a folder that this run has not claimed yet holds another one, or where the files
+        cannot be written.
+        """
+        with self.held():
+            if not self._claimed:
+                self.claim(False)
+            first = self.args.should_save
+            staged = Path(self.ranks.by_first((lambda: str(self.folder.stage(name))) if first else None))
+            with self.written(staged):
+                yield staged
+                self.ranks.wait()
+                self.ranks.by_first((lambda: self.folder.publish(staged, finished=finished)) if first else None)
+                if first:
+                    shutil.rmtree(staged)
+
+    def is_complete(self) -> bool:
+        """Whether the files of the finished run are there already, whole; all ranks call it."""
+
+        def work() -> bool:
+            run = self.folder.list
+            return run is not None and run.finished is not None and not faults(self.folder.path, run.files)
+
+        return self.ranks.by_first(work if self.args.should_save else None)
+
+    # A checkpoint
+
+    def begin(self, step: int) -> Path:
+        """An empty folder aside for the checkpoint of `step`, which all ranks write into."""
+        name = f"checkpoint-{step}"
+        return Path(self.ranks.by_first((lambda: str(self.folder.stage(name))) if self.args.should_save else None))
+
+    @contextmanager
+    def written(self, staged: Path) -> Iterator[None]:
+        """Around all writes of a checkpoint: one that fails leaves nothing behind, and says what is whole."""
+        try:
+            yield
+        except (OSError, SafetensorError, RuntimeError) as error:
+            # torch writes archives in C++ and says so in a RuntimeError; another one is no failure to write
+            if isinstance(error, RuntimeError) and "Writer" not in str(error) and "write" not in str(error):
+                raise
+            if self.args.should_save:
+                shutil.rmtree(staged, ignore_errors=True)
+            newest = self.folder.newest() if self.args.should_save else None
+            last = f"The last whole checkpoint is {newest}." if newest else "No checkpoint had been saved yet."
+            cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(
+                f"{staged.name} could not be written into {self.args.output_dir!r}: {cause}. {last} Make room or mend "
+                "the cause, then continue with --resume_from_checkpoint last."
+            ) from error
+
+    def finish(self, staged: Path, state: TrainerState, callbacks: Iterable[Any]) -> str:
+        """Add the states of trainer, callbacks, modules and reference log-probs, wait for all ranks' files, and give it
+        its place, which is returned."""
+        assert self.identity is not None, "check comes before"
         if self.args.should_save:
             for name, module in self.modules().items():
-                save_file(module.state_dict(), str(staging / name))
+                save_file(module.state_dict(), str(staged / name))
+            self.references.save_into(staged)
             _export_states(state, callbacks)
-            state.save_to_json(str(staging / TRAINER_STATE_FILE))
+            state.save_to_json(str(staged / TRAINER_STATE_FILE))
         self.ranks.wait()  # every rank's random state is written
-        if self.args.should_save:
-            publish(
-                staging,
-                final,
-                {
-                    "resumable": not self.args.save_only_model,
-                    "reference": self.reference.fingerprint(),
-                    "options": self.fixed,
-                },
-            )
+        identity = self.identity
 
-    def check(self, folder: str) -> None:
-        """Raise CheckpointError where this run cannot continue from the checkpoint `folder`."""
-        manifest = read_manifest(folder)
-        if manifest["reference"] != self.reference.fingerprint():
-            raise CheckpointError(
-                f"{folder} was trained against another reference than this trainer has "
-                f"({self.reference.kind}). Give the model, the adapter and the ref_model that the run was started with."
+        def work() -> str:
+            folder = self.folder
+            assert folder.list is not None
+            newest = folder.newest()
+            manifest = close(
+                staged,
+                run=folder.list.run,
+                step=state.global_step,
+                parent=None if newest is None else (newest.name, folder.list.checkpoints[newest.name].seal),
+                resumable=not self.args.save_only_model,
+                identity=identity.as_entries(),
             )
-        for name, value in self.fixed.items():
-            if (saved := manifest["options"].get(name)) != value:
-                raise CheckpointError(
-                    f"{folder} was trained with {name}={saved!r}, this run has {name}={value!r}. "
-                    "Resume with the run's own options, or start a new run from its weights."
-                )
+            return str(folder.publish_checkpoint(staged, manifest))
+
+        return str(self.ranks.by_first(work if self.args.should_save else None))
+
+    def rotate(self, best: str | None) -> None:
+        """Remove what `save_total_limit` leaves no place for, of this run's checkpoints; all ranks call it."""
+        if self.args.should_save:
+            self.folder.rotate(self.args.save_total_limit, best)
+        self.ranks.wait()
 
     def load_modules(self, folder: str) -> None:
         """The modules' states as the checkpoint `folder` has them."""

@@ -1,0 +1,31 @@
+"""Which options are secrets: they are used, and get into no file."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+#: Names, in options and within options that hold further ones.
+_NAME = re.compile(r"(^|_)(token|tokens|password|passwd|secret|api_?key|access_?key|credentials?|authorization)$", re.I)
+#: Names that fit and are none.
+_NO_SECRETS = ("micro_batch_tokens",)
+#: What a token of the hub looks like, wherever it stands; and a password within an address.
+_VALUE = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b|(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
+HIDDEN = "<hidden>"
+
+
+def is_secret(name: str) -> bool:
+    """Whether the value of an option of this name is one."""
+    return name not in _NO_SECRETS and _NAME.search(name) is not None
+
+
+def without_secrets(value: Any) -> Any:
+    """`value`, in dicts and lists too, with HIDDEN in the place of what is secret."""
+    if isinstance(value, dict):
+        return {
+            key: HIDDEN if isinstance(key, str) and is_secret(key) and isinstance(each, str) else without_secrets(each)
+            for key, each in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return type(value)(without_secrets(each) for each in value)
+    return _VALUE.sub(HIDDEN, value) if isinstance(value, str) else value
