@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import math
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -39,6 +40,9 @@ FORMAT_VERSION = 1
 PATIENCE = 3.0
 #: Bytes of an example's key, see `TokenBatch.key`.
 KEY_BYTES = 16
+
+#: The file's lock keeps other processes out, not this one's threads.
+_ONE_THREAD = threading.Lock()
 
 # One entry holds everything: safetensors writes several in no fixed order.
 _HEADER = "fastdpo_reference_cache"
@@ -168,7 +172,7 @@ class ReferenceCache:
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with hold(path.with_name(f"_{path.name}.lock"), str(path), patience=self.patience):
+        with _ONE_THREAD, hold(path.with_name(f"_{path.name}.lock"), str(path), patience=self.patience):
             remove_incomplete(path)
             if path.is_symlink():
                 raise ForeignFileError(f"{path} is a link, which is not followed; it stays")

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 METRICS_FILE, CURVES_FILE, OPTIONS_FILE, CARD_FILE = "metrics.json", "curves.png", "run.yaml", "README.md"
 
 #: Base of all that the hub's HTTP client raises, refused connections among them, whichever client it is.
-_HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]  # type: ignore[assignment]
+_HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
 
 _CARD = """---
 {{ card_data }}

@@ -168,10 +168,10 @@ class RunFolder:
         run.checkpoints[name] = SavedCheckpoint(manifest.seal, (*manifest.files, MANIFEST))
         run.finished = None
         run.write(self.path)
-        self._replace(staged, name)
+        self._exchange(staged, name)
         return self.path / name
 
-    def _replace(self, staged: Path, name: str) -> None:
+    def _exchange(self, staged: Path, name: str) -> None:
         final, replaced = self.path / name, self._aside / f"replaced-{name}"
         if final.exists():
             final.rename(replaced)
@@ -246,7 +246,7 @@ class RunFolder:
         for name, saved in self._run.checkpoints.items():
             staged, replaced, final = aside / name, aside / f"replaced-{name}", self.path / name
             if _seal_of(staged) == saved.seal:
-                self._replace(staged, name)
+                self._exchange(staged, name)
             elif replaced.is_dir() and not os.path.lexists(final):
                 replaced.rename(final)
             for left in (replaced, aside / f"removed-{name}"):

@@ -116,8 +116,8 @@ def run_identity(
 ) -> Identity:
     """Of a run that is about to start, before a checkpoint is loaded.
 
-    settings: the model's, see `model_identity`. objective: its fixed options. columns: of the tokenised data sets, that are read. given: the optimizer and the
-    scheduler that the user has made, each or None.
+    settings: the model's, see `model_identity`. objective: its fixed options. columns: of the tokenised data sets, that
+    are read. given: the optimizer and the scheduler that the user has made, each or None.
     """
     optimizer, scheduler = given
     fixed: dict[str, Any] = {

@@ -59,6 +59,11 @@ def check_start(
     path = folder.path
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"output_dir={str(path)!r} is a file. Give a folder.")
+    for option, source in (sources or {}).items():
+        if source is not None and Path(source).expanduser().resolve() == path.resolve():
+            raise CheckpointError(
+                f"output_dir={str(path)!r} is also {option}, which must not be overwritten. Give another."
+            )
     folder = RunFolder(path)
     folder.list = run = read_list(path)
     resume = resolve_resume(path, resume_from_checkpoint)
@@ -153,12 +158,13 @@ def _is_older(folder: Path, saved: SavedCheckpoint) -> bool:
 def _results(folder: RunFolder) -> list[str]:
     assert folder.list is not None
     files = [name for name in folder.list.files if name not in REPORTS and os.path.lexists(folder.path / name)]
-    return [*folder.owned_checkpoints(), *sorted(files)]
+    weights = sorted(name for name in files if name.endswith(".safetensors"))
+    return [*weights, *folder.owned_checkpoints(), *sorted(set(files) - set(weights))]
 
 
 def list_of_start(folder: RunFolder, start: Start, *, keep: bool = False) -> RunList:
     """The list that a run begins with: of the run that it continues in place, cut after the checkpoint; else a new one,
-    with the reports of a run that left nothing else. In a folder without a list the checkpoints say whose they are.
+    with what was kept when another run was cleared. In a folder without a list the checkpoints say whose they are.
 
     keep: the list stays, with an empty branch, as the folder is this run's already.
     """
@@ -167,8 +173,7 @@ def list_of_start(folder: RunFolder, start: Start, *, keep: bool = False) -> Run
         if keep and held is not None:
             held.branch = []
             return held
-        reports = {name: digest for name, digest in held.files.items() if name in REPORTS} if held else {}
-        return RunList(files=reports)
+        return RunList(files=dict(held.files) if held else {})
     assert start.manifest is not None, "what is resumed has one"
     run = held or RunList(run=start.manifest.run)
     for found in checkpoints(folder.path):
@@ -207,11 +212,11 @@ def _refuse_sources(path: Path, sources: Mapping[str, str | Path | None]) -> Non
         if source is None or not Path(source).expanduser().exists():
             continue  # of the hub
         found = Path(source).expanduser().resolve()
-        if found == own or own in found.parents or found in own.parents:
-            where = "the same folder as" if found == own else "inside" if own in found.parents else "around"
+        if own in found.parents or found in own.parents:
+            where = "inside" if own in found.parents else "around"
             raise CheckpointError(
-                f"{option}={str(source)!r} lies {where} output_dir={str(path)!r}".replace("lies the", "is the")
-                + ", which --overwrite_output_dir would clear. Give another output_dir."
+                f"{option}={str(source)!r} lies {where} output_dir={str(path)!r}, which --overwrite_output_dir would "
+                "clear. Give another output_dir."
             )
 
 

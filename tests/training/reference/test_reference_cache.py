@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from fastdpo.training.objectives import PreferenceObjective
 from fastdpo.training.reference import ReferenceCache, ReferencePolicy, reference_identity
 from fastdpo.training.reference import cache as reference_cache
-from fastdpo.training.reference.cache import CachedLogps, Entry
+from fastdpo.training.reference.cache import CachedLogps, Entry, ForeignFileError
 
 IDENTITY = {"weights": "8c1f", "quantisation": "none", "max_length": "1024", "ld_alpha": "None"}
 #: Values that text, or a detour over another dtype, would not keep.
@@ -240,7 +240,12 @@ def test_other_format_version_is_not_used(
 def test_other_safetensors_file_is_not_used(file: Path, caplog: pytest.LogCaptureFixture) -> None:
     tiny.llama().save_pretrained(file.parent)
     (file.parent / "model.safetensors").replace(file)
-    assert_unused_then_replaced(file, caplog, "no reference cache")
+    content, cache = file.read_bytes(), filled()
+    assert ReferenceCache(IDENTITY).load(file) == 0
+    assert "no reference cache" in caplog.text
+    with pytest.raises(ForeignFileError, match="no reference cache, so it stays"):
+        cache.save(file)
+    assert file.read_bytes() == content, "weights that somebody has put there"
 
 
 def test_file_of_values_that_are_not_finite_is_not_used(file: Path, caplog: pytest.LogCaptureFixture) -> None:

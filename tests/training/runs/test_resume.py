@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,14 +19,8 @@ from worker import state
 from fastdpo import DynamicBeta
 from fastdpo.training.reference import REFERENCE_CACHE_FILE
 from fastdpo.training.runs.callbacks import TrainingInterrupted
-from fastdpo.training.runs.checkpoint import (
-    MANIFEST,
-    CheckpointError,
-    checkpoints,
-    recover,
-    resolve_resume,
-    staging_folder,
-)
+from fastdpo.training.runs.checkpoint import MANIFEST, CheckpointError, checkpoints
+from fastdpo.training.runs.start import resolve_resume
 
 #: 24 pairs, 8 per step: three steps an epoch, so step 10 lies inside one. The default AdamW keeps moments.
 OPTIONS = {
@@ -94,7 +86,7 @@ def test_resume_with_a_reference_cache_is_bitwise_equal(step: int, reference: st
     folder = tmp_path / "killed"
     code, stderr = work(folder, event="kill", at=step + 1, options=options)
     assert code == -signal.SIGKILL, stderr[-2000:]
-    assert resolve_resume(folder, True) == str(folder / f"checkpoint-{step}")
+    assert resolve_resume(folder, True) == folder / f"checkpoint-{step}"
     kept = load_file(folder / REFERENCE_CACHE_FILE)["logps"]
     assert len(kept) == (16 if (step, reference) == (2, "lazy") else 24)
     straight = tiny.trainer(tmp_path / "straight", data=tiny.pairs(24), **options)
@@ -129,47 +121,15 @@ def _adapted(seed: int) -> Any:
 def test_kill_in_a_save_leaves_nothing_that_resume_accepts(work: Work, tmp_path: Path) -> None:
     code, stderr = work(tmp_path, event="kill in save", at=20)
     assert code == -signal.SIGKILL, stderr[-2000:]
-    torn = staging_folder(tmp_path, 20)
+    (torn,) = tmp_path.glob("_fastdpo-*/checkpoint-20")
     assert (torn / "adapter_model.safetensors").is_file(), "the kill came too early to test anything"
     with pytest.raises(CheckpointError, match=MANIFEST):
         resolve_resume(tmp_path, str(torn))
-    assert resolve_resume(tmp_path, True) == str(tmp_path / "checkpoint-10")
-    recover(tmp_path)
-    assert not torn.exists()
-
-
-def test_truncated_file_is_refused(killed: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoint-10"
-    shutil.copytree(killed / "checkpoint-10", folder)
-    weights = folder / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors has \d+ bytes, but \d+ were saved"):
-        resolve_resume(tmp_path, True)
-    weights.unlink()
-    with pytest.raises(CheckpointError, match="is missing"):
-        resolve_resume(tmp_path, True)
-
-
-def test_a_checkpoint_says_its_format(killed: Path, tmp_path: Path) -> None:
-    """One without a number is from before there were any, which is format 1; one of a later format is refused."""
-    folder = tmp_path / "checkpoint-10"
-    shutil.copytree(killed / "checkpoint-10", folder)
-    manifest = json.loads((folder / MANIFEST).read_text())
-    assert manifest.pop("format") == 1
-    (folder / MANIFEST).write_text(json.dumps(manifest))
-    assert resolve_resume(tmp_path, True) == str(folder)
-    (folder / MANIFEST).write_text(json.dumps(manifest | {"format": 2, "fastdpo": "9.9"}))
-    message = r"checkpoint format 2, saved by fastdpo 9.9; fastdpo \S+ reads format 1. Continue with the version that"
-    with pytest.raises(CheckpointError, match=message):
-        resolve_resume(tmp_path, True)
-
-
-def test_kill_while_a_checkpoint_is_replaced_keeps_the_old_one(killed: Path, tmp_path: Path) -> None:
-    shutil.copytree(killed / "checkpoint-10", tmp_path / "_checkpoint-10.replaced")
-    staging_folder(tmp_path, 10).mkdir()
-    recover(tmp_path)
-    assert resolve_resume(tmp_path, True) == str(tmp_path / "checkpoint-10")
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-10"]
+    assert resolve_resume(tmp_path, True) == tmp_path / "checkpoint-10"
+    resumed = tiny.trainer(tmp_path, data=tiny.pairs(24), **OPTIONS)
+    resumed.train(resume_from_checkpoint=True)
+    assert not list(tmp_path.glob("_*"))
+    assert resolve_resume(tmp_path, True) == tmp_path / "checkpoint-20"
 
 
 @pytest.mark.parametrize("name", ["sigterm", "sigint"])
@@ -177,7 +137,7 @@ def test_stop_signal_saves_a_checkpoint_and_says_so(name: str, work: Work, tmp_p
     number = {"sigterm": signal.SIGTERM, "sigint": signal.SIGINT}[name]
     code, stderr = work(tmp_path, event=name, at=3)
     assert code == 128 + number, stderr[-2000:]
-    assert resolve_resume(tmp_path, True) == str(tmp_path / "checkpoint-3")
+    assert resolve_resume(tmp_path, True) == tmp_path / "checkpoint-3"
     assert f"{name.upper()}: saved {tmp_path / 'checkpoint-3'}" in stderr
 
 
@@ -201,7 +161,7 @@ def test_stop_signal_saves_the_step_in_flight_under_every_strategy(
     )
     assert code == 128 + signal.SIGTERM, stderr[-2000:]
     assert f"saved {tmp_path / 'checkpoint-3'}" in stderr
-    assert resolve_resume(tmp_path, True) == str(tmp_path / "checkpoint-3")
+    assert resolve_resume(tmp_path, True) == tmp_path / "checkpoint-3"
 
 
 class Signal(TrainerCallback):
@@ -256,7 +216,7 @@ def test_stop_does_not_wait_for_an_evaluation_and_loses_no_step(when: str, step:
     callback.trainer = trainer
     with pytest.raises(TrainingInterrupted, match=f"SIGTERM: saved .*checkpoint-{step}"):
         trainer.train()
-    assert resolve_resume(tmp_path, True) == str(tmp_path / f"checkpoint-{step}")
+    assert resolve_resume(tmp_path, True) == tmp_path / f"checkpoint-{step}"
     assert not any("eval_loss" in entry for entry in trainer.state.log_history)
 
 
