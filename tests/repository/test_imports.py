@@ -18,7 +18,7 @@ FLOORS = (
     ("fastdpo_kernels", "fastdpo.data", "fastdpo.formulas"),
     ("fastdpo.ops",),
     ("fastdpo.loss",),
-    ("fastdpo.training.options", "fastdpo.training.ranks", "fastdpo.training.durable"),
+    ("fastdpo.training.options", "fastdpo.training.ranks", "fastdpo.training.durable", "fastdpo.training.lock"),
     ("fastdpo.training.models",),
     ("fastdpo.training.rows",),
     ("fastdpo.training.memory",),
