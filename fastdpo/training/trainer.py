@@ -57,6 +57,7 @@ from fastdpo.training.runs.callbacks import (
     TrainingInterrupted,
 )
 from fastdpo.training.runs.nonfinite import NonFiniteLossError, stop_on_nonfinite
+from fastdpo.training.runs.stopping import without_a_step
 from fastdpo.training.scoring import Scores
 
 __all__ = ["FastDPOTrainer", "NonFiniteLossError"]
@@ -87,6 +88,7 @@ class FastDPOTrainer(Trainer):
 
     # transformers' own, which have no types
     is_fsdp_enabled: bool
+    _initial_global_step: int = -1
     optimizer: Any
 
     def __init__(
@@ -269,6 +271,13 @@ class FastDPOTrainer(Trainer):
         self.parts.references.save()
         return result
 
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """As transformers', which takes a step before it looks whether one is left."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        if not self.control.should_training_stop:
+            super()._run_epoch(**kwargs)
+
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         # Before the best weights are loaded and other checkpoints deleted: the step in flight must not be lost.
         if (signum := self.stop_signals.agreed()) is not None:
@@ -279,7 +288,12 @@ class FastDPOTrainer(Trainer):
             interruption = TrainingInterrupted(signum, str(folder))
             logger.warning("%s", interruption)
             raise interruption
-        return super()._finalize_training(trial, num_train_samples, start_time)
+        result = super()._finalize_training(trial, num_train_samples, start_time)
+        return result if self._has_trained() else without_a_step(self.state)
+
+    def _has_trained(self) -> bool:
+        """Whether this call of `train` has taken a step."""
+        return self.state.global_step > self._initial_global_step
 
     # FSDP
 
@@ -428,7 +442,9 @@ class FastDPOTrainer(Trainer):
     # Logging
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the metrics of the steps since the last log, averaged."""
+        """Adds the metrics of the steps since the last log, averaged. No step, no loss of a training."""
+        if "train_loss" in logs and not self._has_trained():
+            return
         if "loss" in logs and self._step_metrics:
             logs |= {name: sum(values) / len(values) for name, values in self._step_metrics.items()}
             self._step_metrics.clear()
