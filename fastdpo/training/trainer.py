@@ -12,7 +12,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from datasets import Dataset
@@ -83,7 +83,7 @@ class FastDPOTrainer(Trainer):
     Raises:
         ValueError, TypeError, FileNotFoundError: an argument cannot be used; the message says what to do instead.
         NonFiniteLossError: in `train`, with the batch's example ids saved in the output folder.
-        TrainingInterrupted: in `train`, after SIGTERM or SIGINT, once a checkpoint is saved.
+        TrainingInterrupted: in `train`, after SIGTERM or SIGINT, once the last step is saved.
     """
 
     # transformers' own, which have no types
@@ -272,8 +272,8 @@ class FastDPOTrainer(Trainer):
         return result
 
     def _run_epoch(self, **kwargs: Any) -> None:
-        """As transformers', which takes a step before it looks whether one is left."""
-        if self.state.global_step >= self.state.max_steps:
+        """As transformers', which takes a step before it looks whether one is left or a signal has come."""
+        if self.state.global_step >= self.state.max_steps or self.stop_signals.agreed() is not None:
             self.control.should_training_stop = True
         if not self.control.should_training_stop:
             super()._run_epoch(**kwargs)
@@ -281,15 +281,20 @@ class FastDPOTrainer(Trainer):
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         # Before the best weights are loaded and other checkpoints deleted: the step in flight must not be lost.
         if (signum := self.stop_signals.agreed()) is not None:
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            if not folder.is_dir():
-                self._save_checkpoint(self.model_wrapped, trial)
-            self.callback_handler.on_train_end(self.args, self.state, self.control)
-            interruption = TrainingInterrupted(signum, str(folder))
-            logger.warning("%s", interruption)
-            raise interruption
+            self._interrupt(signum, trial)
         result = super()._finalize_training(trial, num_train_samples, start_time)
         return result if self._has_trained() else without_a_step(self.state)
+
+    def _interrupt(self, signum: int, trial: Any) -> NoReturn:
+        """Leave `train`, once the last step that it has taken is saved."""
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self._has_trained() and not folder.is_dir():
+            self._save_checkpoint(self.model_wrapped, trial)
+        self.callback_handler.on_train_end(self.args, self.state, self.control)
+        saved = str(folder) if self._has_trained() else None
+        interruption = TrainingInterrupted(signum, self.state.global_step, saved)
+        logger.warning("%s", interruption)
+        raise interruption
 
     def _has_trained(self) -> bool:
         """Whether this call of `train` has taken a step."""

@@ -20,15 +20,20 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class TrainingInterrupted(SystemExit):
-    """Raised out of `train()` after a stop signal, once the checkpoint is saved. The exit code is 128 + the signal."""
+    """Raised out of `train()` after a stop signal. The exit code is 128 + the signal.
 
-    def __init__(self, signum: int, checkpoint: str) -> None:
+    step: the last one that was trained. checkpoint: where it is saved; None where this call of `train` has taken no
+    step, so that what it started from is what there is.
+    """
+
+    def __init__(self, signum: int, step: int, checkpoint: str | None) -> None:
         super().__init__(128 + signum)
-        self.signum = signum
-        self.checkpoint = checkpoint
+        self.signum, self.step, self.checkpoint = signum, step, checkpoint
 
     def __str__(self) -> str:
         name = signal.Signals(self.signum).name
+        if self.checkpoint is None:
+            return f"{name}: stopped before step {self.step + 1}, nothing is trained. Start the same command again."
         return f"{name}: saved {self.checkpoint}. Continue with --resume_from_checkpoint last."
 
 
