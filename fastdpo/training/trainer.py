@@ -12,7 +12,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -23,7 +23,6 @@ from transformers import (
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     set_seed,
 )
@@ -54,10 +53,9 @@ from fastdpo.training.runs.callbacks import (
     PrecomputeReference,
     PreferenceProgress,
     StopSignals,
-    TrainingInterrupted,
 )
+from fastdpo.training.runs.loop import InterruptibleTrainer
 from fastdpo.training.runs.nonfinite import NonFiniteLossError, stop_on_nonfinite
-from fastdpo.training.runs.stopping import without_a_step
 from fastdpo.training.scoring import Scores
 
 __all__ = ["FastDPOTrainer", "NonFiniteLossError"]
@@ -65,7 +63,7 @@ __all__ = ["FastDPOTrainer", "NonFiniteLossError"]
 logger = logging.getLogger(__name__)
 
 
-class FastDPOTrainer(Trainer):
+class FastDPOTrainer(InterruptibleTrainer):
     """Preference optimisation of a causal LM, called as TRL's DPOTrainer is.
 
     Args:
@@ -88,7 +86,6 @@ class FastDPOTrainer(Trainer):
 
     # transformers' own, which have no types
     is_fsdp_enabled: bool
-    _initial_global_step: int = -1
     optimizer: Any
 
     def __init__(
@@ -263,6 +260,7 @@ class FastDPOTrainer(Trainer):
         """
         resume = self.parts.checkpoints.claim(resume_from_checkpoint)
         self.parts.references.load()
+        self.resumed_from = resume
         self.stop_signals.install()
         try:
             result = super().train(resume_from_checkpoint=resume, **kwargs)
@@ -270,35 +268,6 @@ class FastDPOTrainer(Trainer):
             self.stop_signals.restore()
         self.parts.references.save()
         return result
-
-    def _run_epoch(self, **kwargs: Any) -> None:
-        """As transformers', which takes a step before it looks whether one is left or a signal has come."""
-        if self.state.global_step >= self.state.max_steps or self.stop_signals.agreed() is not None:
-            self.control.should_training_stop = True
-        if not self.control.should_training_stop:
-            super()._run_epoch(**kwargs)
-
-    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
-        # Before the best weights are loaded and other checkpoints deleted: the step in flight must not be lost.
-        if (signum := self.stop_signals.agreed()) is not None:
-            self._interrupt(signum, trial)
-        result = super()._finalize_training(trial, num_train_samples, start_time)
-        return result if self._has_trained() else without_a_step(self.state)
-
-    def _interrupt(self, signum: int, trial: Any) -> NoReturn:
-        """Leave `train`, once the last step that it has taken is saved."""
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        if self._has_trained() and not folder.is_dir():
-            self._save_checkpoint(self.model_wrapped, trial)
-        self.callback_handler.on_train_end(self.args, self.state, self.control)
-        saved = str(folder) if self._has_trained() else None
-        interruption = TrainingInterrupted(signum, self.state.global_step, saved)
-        logger.warning("%s", interruption)
-        raise interruption
-
-    def _has_trained(self) -> bool:
-        """Whether this call of `train` has taken a step."""
-        return self.state.global_step > self._initial_global_step
 
     # FSDP
 
@@ -325,7 +294,7 @@ class FastDPOTrainer(Trainer):
     # Evaluation
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', on the sharded model."""
+        """As InterruptibleTrainer's, on the sharded model."""
         self.shard()
         return super().evaluation_loop(*args, **kwargs)
 
@@ -338,6 +307,7 @@ class FastDPOTrainer(Trainer):
     ) -> tuple[None, Tensor, Tensor]:
         """No loss yet, the scores of the examples (`Scores.stack`), and a placeholder for labels (B,)."""
         self._refuse_another_model()
+        self.stop_signals.leave_evaluation()
         batch = self.objective.batch(inputs, self.args.device)
         return None, self.parts.batch_scores.evaluated(batch), batch.lengths()[0]
 
@@ -447,9 +417,7 @@ class FastDPOTrainer(Trainer):
     # Logging
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the metrics of the steps since the last log, averaged. No step, no loss of a training."""
-        if "train_loss" in logs and not self._has_trained():
-            return
+        """Adds the metrics of the steps since the last log, averaged."""
         if "loss" in logs and self._step_metrics:
             logs |= {name: sum(values) / len(values) for name, values in self._step_metrics.items()}
             self._step_metrics.clear()

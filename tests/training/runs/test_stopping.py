@@ -1,15 +1,22 @@
-"""Runs that are stopped in any phase, by a signal, by memory or by another rank: resumed, they are the undisturbed run."""
+"""Runs that are stopped in any phase, by a signal, memory or another rank: resumed, they are the undisturbed one."""
 
 from __future__ import annotations
 
+import json
 import logging
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from transformers import EarlyStoppingCallback, TrainerCallback
 from worker import state
+
+from fastdpo.training.runs.callbacks import TrainingInterrupted
+from fastdpo.training.runs.checkpoint import checkpoints
+from fastdpo.training.runs.saving import TRAINER_STATE_FILE
 
 #: 24 pairs, 8 per step: three steps an epoch. The default AdamW keeps moments.
 OPTIONS: dict[str, Any] = {
@@ -56,3 +63,100 @@ def test_a_finished_run_trains_on_where_more_steps_are_asked_for(tmp_path: Path)
     longer = tiny.trainer(tmp_path / "run", data=tiny.pairs(24), **(OPTIONS | {"max_steps": 12}))
     assert longer.train(resume_from_checkpoint=True).metrics["train_loss"] > 0
     assert_same(straight, longer)
+
+
+class Stops(TrainerCallback):
+    """Marks a stop signal as received in step n, ("step", n), or where one batch is left of the evaluation after it,
+    ("evaluation", n): the first of `events` that has not been yet, over all the trainers that share them."""
+
+    def __init__(self, events: list[tuple[str, int]], batches: int) -> None:
+        self.events, self.batches, self.trainer = events, batches, None
+
+    def _stop(self, *event: Any) -> None:
+        if self.events[:1] == [event]:
+            del self.events[0]
+            self.trainer.stop_signals.received = signal.SIGTERM
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.left = self.batches
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.left = self.batches
+        self._stop("step", state.global_step + 1)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.left -= 1
+        if self.left == 1:
+            self._stop("evaluation", state.global_step)
+
+
+def untimed(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{k: v for k, v in entry.items() if not k.endswith(TIMES)} for entry in history if "train_loss" not in entry]
+
+
+EVERY_TWO = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+BEST = {"metric_for_best_model": "rewards/margins", "greater_is_better": False}
+SIX = [("step", 2), ("evaluation", 4), ("step", 6), ("evaluation", 6)]
+#: Options, and where the run is stopped. Margins grow, so with the lowest as the best the first evaluation is the best.
+EVALUATED: dict[str, tuple[dict[str, Any], list[tuple[str, int]]]] = {
+    "save the best": (EVERY_TWO | BEST | {"save_strategy": "best"}, SIX),
+    "load the best": (EVERY_TWO | BEST | {"load_best_model_at_end": True, "save_total_limit": 1}, SIX),
+    "plateau": (
+        EVERY_TWO
+        | {"save_steps": 3, "lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0}}
+        | BEST,
+        SIX,
+    ),
+    "early stop": (EVERY_TWO | BEST | {"load_best_model_at_end": True}, [("step", 2), ("evaluation", 4), ("step", 6)]),
+    "two sets, at the end of an epoch": (
+        {"eval_strategy": "epoch", "save_strategy": "epoch"},
+        [("step", 3), ("evaluation", 3), ("step", 4), ("evaluation", 6)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EVALUATED)
+def test_a_run_stopped_at_its_evaluations_evaluates_when_it_is_resumed(name: str, tmp_path: Path) -> None:
+    """With dropout on: an evaluation that is repeated must not move the random state."""
+    options, stops = EVALUATED[name]
+    stops, starts = list(stops), 1
+    evaluated: Any = tiny.pairs(6, seed=9)
+    batches = 3
+    if "two sets" in name:
+        evaluated, batches = {"a": evaluated, "b": tiny.pairs(4, seed=8)}, 5
+
+    def made(folder: Path) -> Any:
+        callbacks = [Stops([] if folder.name == "straight" else stops, batches)]
+        callbacks += [EarlyStoppingCallback(1)] if name == "early stop" else []
+        trainer = tiny.trainer(
+            folder,
+            data=tiny.pairs(24),
+            eval_dataset=evaluated,
+            peft_config=tiny.lora(lora_dropout=0.2),
+            callbacks=callbacks,
+            **{"max_steps": 6, "disable_dropout": False, "per_device_eval_batch_size": 2, **options},
+        )
+        callbacks[0].trainer = trainer
+        return trainer
+
+    straight = made(tmp_path / "straight")
+    straight.train()
+    while True:
+        trainer = made(tmp_path / "stopped")
+        planned = len(stops)
+        try:
+            trainer.train(resume_from_checkpoint=starts > 1)
+            break
+        except TrainingInterrupted:
+            starts += 1
+            assert len(stops) == planned - 1
+    assert stops == ([("step", 6)] if name == "early stop" else [])
+    assert trainer.state.global_step == (4 if name == "early stop" else 6)
+    assert untimed(trainer.state.log_history) == untimed(straight.state.log_history)
+    for field in ("best_metric", "best_global_step", "global_step"):
+        assert getattr(trainer.state, field) == getattr(straight.state, field)
+    assert_same(straight, trainer)
+    for saved in checkpoints(tmp_path / "straight"):
+        pair = [tmp_path / folder / saved.name / TRAINER_STATE_FILE for folder in ("straight", "stopped")]
+        expected, found = (untimed(json.loads(path.read_text())["log_history"]) for path in pair)
+        assert expected == found
