@@ -256,16 +256,12 @@ class FastDPOTrainer(InterruptibleTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As transformers' train, with exact resume. Default: `args.resume_from_checkpoint`.
 
-        Raises CheckpointError (an unusable output folder or checkpoint), NonFiniteLossError or TrainingInterrupted.
+        Raises CheckpointError (an unusable output folder or checkpoint), NonFiniteLossError, TrainingInterrupted, or,
+        from `runs.failures`, OptimizerOutOfMemory and RankStopped.
         """
         resume = self.parts.checkpoints.claim(resume_from_checkpoint)
         self.parts.references.load()
-        self.resumed_from = resume
-        self.stop_signals.install()
-        try:
-            result = super().train(resume_from_checkpoint=resume, **kwargs)
-        finally:
-            self.stop_signals.restore()
+        result = super().train(resume_from_checkpoint=resume, **kwargs)
         self.parts.references.save()
         return result
 

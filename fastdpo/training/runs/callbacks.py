@@ -52,6 +52,8 @@ class StopSignals(TrainerCallback):
     Attributes:
         received: the signal.
         training: whether a `train()` is running, whose evaluations are left.
+        step: that is in flight, until the next one begins.
+        updating: whether the optimizer is at work on the weights.
         saved_step: of the last checkpoint in this call of `train()`.
     """
 
@@ -62,13 +64,16 @@ class StopSignals(TrainerCallback):
         self.ranks = ranks
         self.received: int | None = None
         self.training = False
+        self.step = 1
+        self.updating = False
         self.saved_step: int | None = None
         self._cut_short = False
         self._previous: dict[int, Any] = {}
 
     def install(self) -> None:
         """Take over the signals; only the main thread may, elsewhere they keep their handlers."""
-        self.received, self.saved_step, self.training, self._cut_short = None, None, True, False
+        self.received, self.saved_step, self._cut_short = None, None, False
+        self.training, self.updating, self.step = True, False, 1
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
 
@@ -109,6 +114,19 @@ class StopSignals(TrainerCallback):
         owed."""
         owed = state.stateful_callbacks.pop(self.OWED, None)
         return None if owed is None else bool(owed["save"])
+
+    def on_train_begin(self, args: FastDPOConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.step = state.global_step + 1
+
+    on_step_begin = on_train_begin
+
+    def on_pre_optimizer_step(
+        self, args: FastDPOConfig, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.updating = True
+
+    def on_optimizer_step(self, args: FastDPOConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.updating = False
 
     def on_step_end(
         self, args: FastDPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -6,6 +6,8 @@ a step             after it, with its checkpoint                         trains 
 an evaluation      at its next batch, with the checkpoint of its step    repeats all of it, then trains on
 after the last     before the best weights are loaded                    trains nothing, and ends as it would have
 
+the optimizer      by memory that runs out, without a checkpoint         starts from the last checkpoint
+
 A run that has no step left, because it is finished or a callback has stopped it, takes none; transformers' would.
 """
 
@@ -19,8 +21,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerControl
 from transformers.trainer_utils import TrainOutput
 
-from fastdpo.training.memory.plan import get_rng_state, set_rng_state
+from fastdpo.training.memory.plan import get_rng_state, is_out_of_memory, set_rng_state
 from fastdpo.training.runs.callbacks import EvaluationStopped, StopSignals, TrainingInterrupted
+from fastdpo.training.runs.failures import NamesStoppedRanks, optimizer_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +33,25 @@ class InterruptibleTrainer(Trainer):
 
     stop_signals: StopSignals
     #: The checkpoint that this call of `train` has loaded.
-    resumed_from: str | None = None
+    resumed_from: str | bool | None = None
     # transformers' own, which have no types
     _initial_global_step: int = -1
     _tr_loss: Tensor
     control: TrainerControl
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """As transformers', from a folder that exists.
+
+        Raises TrainingInterrupted, OptimizerOutOfMemory, or RankStopped where another rank has ended.
+        """
+        self.resumed_from = resume_from_checkpoint or None
+        ranks = self.stop_signals.ranks
+        self.stop_signals.install()
+        try:
+            with NamesStoppedRanks(ranks, lambda: self.stop_signals.step, self.args.output_dir):
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self.stop_signals.restore()
 
     def _has_trained(self) -> bool:
         """Whether this call of `train` has taken a step."""
@@ -52,8 +69,15 @@ class InterruptibleTrainer(Trainer):
         # transformers' takes a step before it looks
         if self.state.global_step >= self.state.max_steps or self.stop_signals.agreed() is not None:
             self.control.should_training_stop = True
-        if not self.control.should_training_stop:
+        if self.control.should_training_stop:
+            return
+        try:
             super()._run_epoch(**kwargs)
+        except (RuntimeError, MemoryError) as error:
+            if self.stop_signals.updating and is_out_of_memory(error):
+                ranks, step = self.stop_signals.ranks, self.stop_signals.step
+                raise optimizer_out_of_memory(ranks, step, self.args.output_dir, error) from error
+            raise
 
     def _evaluate_what_is_owed(self, trial: Any, ignore_keys: list[str] | None) -> None:
         """Do what the run that is resumed was stopped before: the evaluation of its last step, with all that follows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from launched import WORKER, on_two_ranks
 from transformers import EarlyStoppingCallback, TrainerCallback
-from worker import state
+from worker import Event, state
 
 from fastdpo.training.runs.callbacks import TrainingInterrupted
 from fastdpo.training.runs.checkpoint import checkpoints
+from fastdpo.training.runs.failures import OptimizerOutOfMemory
 from fastdpo.training.runs.saving import TRAINER_STATE_FILE
 
 #: 24 pairs, 8 per step: three steps an epoch. The default AdamW keeps moments.
@@ -160,3 +163,44 @@ def test_a_run_stopped_at_its_evaluations_evaluates_when_it_is_resumed(name: str
         pair = [tmp_path / folder / saved.name / TRAINER_STATE_FILE for folder in ("straight", "stopped")]
         expected, found = (untimed(json.loads(path.read_text())["log_history"]) for path in pair)
         assert expected == found
+
+
+def test_memory_that_runs_out_in_the_optimizer_saves_no_torn_weights(tmp_path: Path) -> None:
+    straight = tiny.trainer(tmp_path / "straight", data=tiny.pairs(24), **OPTIONS)
+    straight.train()
+    run = tiny.trainer(tmp_path / "run", data=tiny.pairs(24), callbacks=[Event("oom in the optimizer", 8)], **OPTIONS)
+    last = re.escape(str(tmp_path / "run" / "checkpoint-4"))
+    message = rf"rank 0 of 1: memory ran out in the optimizer's part of step 8, .*\(injected\).* {last}, is whole: "
+    with pytest.raises(OptimizerOutOfMemory, match=message):
+        run.train()
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-4"]
+    again = tiny.trainer(tmp_path / "run", data=tiny.pairs(24), **OPTIONS)
+    again.train(resume_from_checkpoint=True)
+    assert_same(straight, again)
+
+
+def test_memory_that_runs_out_elsewhere_is_no_error_of_the_optimizer(tmp_path: Path) -> None:
+    class Elsewhere(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise torch.OutOfMemoryError("elsewhere")
+
+    with pytest.raises(torch.OutOfMemoryError, match="elsewhere"):
+        tiny.trainer(tmp_path, callbacks=[Elsewhere()], max_steps=1).train()
+
+
+def test_a_rank_that_stops_is_named_by_the_other_and_the_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    """Rank 1 is killed in step 3; rank 1 runs out of memory in the optimizer in step 4."""
+    options = OPTIONS | {"max_steps": 5, "save_steps": 2, "per_device_train_batch_size": 4}
+    straight = {"folder": str(tmp_path / "straight"), "options": options, "result": str(tmp_path / "straight.pt")}
+    killed = {"folder": str(tmp_path / "run"), "options": options, "event": "kill", "at": 3, "of": 1}
+    stderr = on_two_ranks(WORKER, [straight, killed], fails=True)
+    last = f"The last checkpoint, {tmp_path / 'run' / 'checkpoint-2'}, is whole"
+    assert f"RankStopped: rank 1 of 2 stopped in step 3 (killed, or its machine was lost). {last}: " in stderr
+    resumed = {"folder": str(tmp_path / "run"), "options": options, "resume": True, "result": str(tmp_path / "run.pt")}
+    torn = {"folder": str(tmp_path / "torn"), "options": options, "event": "oom in the optimizer", "at": 4, "of": 1}
+    stderr = on_two_ranks(WORKER, [resumed, torn], fails=True)
+    assert "RankStopped: rank 1 of 2 stopped in step 4: OptimizerOutOfMemory: rank 1 of 2: memory ran out" in stderr
+    assert [path.name for path in checkpoints(tmp_path / "torn")] == ["checkpoint-2"]
+    expected, found = (torch.load(tmp_path / f"{name}.pt")["state"] for name in ("straight", "run"))
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), name
