@@ -1,7 +1,7 @@
 """One training run in its own process, for tests that kill it, signal it or start two ranks of it.
 
-python worker.py '{"folder": ..., "options": {FastDPOConfig}, "event": ..., "at": step, "pairs": n, "eval_pairs": n,
-                   "resume": ..., "result": path, "oom": {"rank": r, "above": tokens},
+python worker.py '{"folder": ..., "options": {FastDPOConfig}, "event": ..., "at": step, "of": rank, "pairs": n,
+                   "eval_pairs": n, "resume": ..., "result": path, "oom": {"rank": r, "above": tokens},
                    "objective": class of single_answers}'
 python worker.py serve      forks a process for every line [job, file for its stderr] and prints the return code
 """
@@ -26,19 +26,28 @@ from fastdpo.training.runs import saving as checkpointing
 
 
 class Event(TrainerCallback):
-    """Does something to its own process at the start of step `at`."""
+    """Does something to its own process at the start of step `at`; where there are several ranks, to that of `rank`."""
 
-    def __init__(self, kind: str, at: int) -> None:
-        self.kind, self.at = kind, at
+    def __init__(self, kind: str, at: int, rank: int | None = None) -> None:
+        self.kind, self.at, self.rank = kind, at, rank
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step + 1 != self.at:
+        if state.global_step + 1 != self.at or self.rank not in (None, args.process_index):
+            return
+        if self.kind == "oom in the optimizer":
+            kwargs["optimizer"].step = lambda: torn(kwargs["model"])
             return
         if self.kind == "kill in save":
             # The manifest and the rename are still to come when this is called.
             checkpointing.close = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
             return
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "sigterm": signal.SIGTERM, "sigint": signal.SIGINT}[self.kind])
+
+
+def torn(model: Any) -> None:
+    """An optimizer's step that runs out of memory once it has updated one of the weights."""
+    next(p for p in model.parameters() if p.requires_grad).data.add_(1.0)
+    raise torch.OutOfMemoryError("injected")
 
 
 def state(trainer: Any) -> dict[str, torch.Tensor]:
@@ -65,7 +74,7 @@ def injected(trainer: Any, fails: Callable[..., bool]) -> Any:
 def main(job: dict[str, Any]) -> None:
     """Train as `job` says; rank 0 writes the final state and the log to `result`."""
     torch.set_num_threads(1)
-    callbacks = [Event(job["event"], job["at"])] if job.get("event") else []
+    callbacks = [Event(job["event"], job["at"], job.get("of"))] if job.get("event") else []
     if "eval_pairs" in job:
         job["options"]["eval_dataset"] = tiny.pairs(job["eval_pairs"], seed=9)
     data = tiny.pairs(job.get("pairs", 24))

@@ -1,7 +1,7 @@
 """The command `fastdpo`: train, demo, estimate, info, each in a file of its name.
 
-Exit codes: 0 done; 1 the run failed (a non-finite loss); 2 an option, file or model cannot be used; 128 + n stopped by
-signal n after saving a checkpoint.
+Exit codes: 0 done; 1 the run failed (a non-finite loss, memory in the optimizer's step, another rank); 2 an option,
+file or model cannot be used; 128 + n stopped by signal n after saving a checkpoint.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ def _reported(command: Callable[[], int]) -> int:
     # At import, with Hugging Face's `kernels` installed: an inference kernel cannot be fetched. It is never used here.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from fastdpo.training.runs.callbacks import TrainingInterrupted
+    from fastdpo.training.runs.failures import OptimizerOutOfMemory, RankStopped
     from fastdpo.training.runs.nonfinite import NonFiniteLossError
 
     console = Console(stderr=True, soft_wrap=True)
@@ -101,7 +102,9 @@ def _reported(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         console.print("[bold yellow]stopped[/bold yellow] outside of a training step. What had been saved is intact.")
         return 130
-    except NonFiniteLossError as error:
+    except RankStopped:
+        return 1  # the trainer has said which, and why
+    except (NonFiniteLossError, OptimizerOutOfMemory) as error:
         code, message = 1, error
     except (ValueError, TypeError, OSError, ImportError) as error:
         code, message = 2, error

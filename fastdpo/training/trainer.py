@@ -23,7 +23,6 @@ from transformers import (
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     set_seed,
 )
@@ -57,10 +56,10 @@ from fastdpo.training.runs.callbacks import (
     PrecomputeReference,
     PreferenceProgress,
     StopSignals,
-    TrainingInterrupted,
 )
 from fastdpo.training.runs.hub import push_checkpoint
 from fastdpo.training.runs.identity import Identity, run_identity
+from fastdpo.training.runs.loop import InterruptibleTrainer
 from fastdpo.training.runs.nonfinite import NonFiniteLossError, stop_on_nonfinite
 from fastdpo.training.scoring import Scores
 
@@ -69,7 +68,7 @@ __all__ = ["FastDPOTrainer", "NonFiniteLossError"]
 logger = logging.getLogger(__name__)
 
 
-class FastDPOTrainer(Trainer):
+class FastDPOTrainer(InterruptibleTrainer):
     """Preference optimisation of a causal LM, called as TRL's DPOTrainer is.
 
     Args:
@@ -87,7 +86,7 @@ class FastDPOTrainer(Trainer):
     Raises:
         ValueError, TypeError, FileNotFoundError: an argument cannot be used; the message says what to do instead.
         NonFiniteLossError: in `train`, with the batch's example ids saved in the output folder.
-        TrainingInterrupted: in `train`, after SIGTERM or SIGINT, once a checkpoint is saved.
+        TrainingInterrupted: in `train`, after SIGTERM or SIGINT, once the last step is saved.
     """
 
     # transformers' own, which have no types
@@ -265,18 +264,15 @@ class FastDPOTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As transformers' train, with exact resume. Default: `args.resume_from_checkpoint`.
 
-        Raises CheckpointError (an unusable output folder or checkpoint), NonFiniteLossError or TrainingInterrupted.
+        Raises CheckpointError (an unusable output folder or checkpoint), NonFiniteLossError, TrainingInterrupted, or,
+        from `runs.failures`, OptimizerOutOfMemory and RankStopped.
         """
         saving = self.parts.checkpoints
         with saving.held():
             resume = saving.claim(resume_from_checkpoint)
             saving.check(self._identity(), resume)
             self.parts.references.load(resume)
-            self.stop_signals.install()
-            try:
-                result = super().train(resume_from_checkpoint=resume, **kwargs)
-            finally:
-                self.stop_signals.restore()
+            result = super().train(resume_from_checkpoint=resume, **kwargs)
             self.parts.references.save()
         return result
 
@@ -294,22 +290,6 @@ class FastDPOTrainer(Trainer):
             columns=[name for name in self.objective.columns if name != "example_id"],
             given=self._given,
         )
-
-    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
-        # Before the best weights are loaded and other checkpoints deleted: the step in flight must not be lost.
-        if (signum := self.stop_signals.agreed()) is not None:
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            if not folder.is_dir():
-                self._save_checkpoint(self.model_wrapped, trial)
-            self.callback_handler.on_train_end(self.args, self.state, self.control)
-            interruption = TrainingInterrupted(signum, str(folder))
-            logger.warning("%s", interruption)
-            raise interruption
-        limit, self.args.save_total_limit = self.args.save_total_limit, None  # what it removes, it removes unasked
-        try:
-            return super()._finalize_training(trial, num_train_samples, start_time)
-        finally:
-            self.args.save_total_limit = limit
 
     # FSDP
 
@@ -336,7 +316,7 @@ class FastDPOTrainer(Trainer):
     # Evaluation
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', on the sharded model."""
+        """As InterruptibleTrainer's, on the sharded model."""
         self.shard()
         return super().evaluation_loop(*args, **kwargs)
 
@@ -349,6 +329,7 @@ class FastDPOTrainer(Trainer):
     ) -> tuple[None, Tensor, Tensor]:
         """No loss yet, the scores of the examples (`Scores.stack`), and a placeholder for labels (B,)."""
         self._refuse_another_model()
+        self.stop_signals.leave_evaluation()
         batch = self.objective.batch(inputs, self.args.device)
         return None, self.parts.batch_scores.evaluated(batch), batch.lengths()[0]
 

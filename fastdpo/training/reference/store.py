@@ -110,8 +110,9 @@ class ReferenceStore:
     ) -> None:
         """Compute what is missing of a training set, longest first; touches no random state and no data order.
 
-        compute: keeps the log-probs of rows of the set. stopped: whether the ranks agreed to stop; that ends it early,
-        and what is missing then is computed by the steps that need it.
+        compute: keeps the log-probs of rows of the set. stopped: whether the ranks agreed to stop; that ends it after a
+        round, and the run with it, before a step: the log-probs of an example differ in their last bits with those
+        that are computed beside it, so only a start that computes the rest in the same rounds gives the same run.
         """
         lengths = list(dataset["length"])
         order = sorted(range(len(dataset)), key=lengths.__getitem__, reverse=True)

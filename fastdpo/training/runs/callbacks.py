@@ -20,71 +20,141 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class TrainingInterrupted(SystemExit):
-    """Raised out of `train()` after a stop signal, once the checkpoint is saved. The exit code is 128 + the signal."""
+    """Raised out of `train()` after a stop signal. The exit code is 128 + the signal.
 
-    def __init__(self, signum: int, checkpoint: str) -> None:
+    step: the last one that was trained. checkpoint: where it is saved; None where this call of `train` has taken no
+    step, so that what it started from is what there is.
+    """
+
+    def __init__(self, signum: int, step: int, checkpoint: str | None) -> None:
         super().__init__(128 + signum)
-        self.signum = signum
-        self.checkpoint = checkpoint
+        self.signum, self.step, self.checkpoint = signum, step, checkpoint
 
     def __str__(self) -> str:
         name = signal.Signals(self.signum).name
+        if self.checkpoint is None:
+            return f"{name}: stopped before step {self.step + 1}, nothing is trained. Start the same command again."
         return f"{name}: saved {self.checkpoint}. Continue with --resume_from_checkpoint last."
+
+
+class EvaluationStopped(Exception):
+    """Raised out of an evaluation within `train()`, on all ranks, once a stop signal was received."""
 
 
 class StopSignals(TrainerCallback):
     """SIGTERM and SIGINT end training after the step in flight, with a checkpoint. A second signal acts at once.
 
     `ranks` agree on the step to stop at: any rank's signal stops all of them.
+
+    Whoever stops a run may not wait for an evaluation. One that is due then is owed: the checkpoint says so (`OWED`),
+    and the run that is resumed from it evaluates first.
+
+    Attributes:
+        received: the signal.
+        training: whether a `train()` is running, whose evaluations are left.
+        step: that is in flight, until the next one begins.
+        updating: whether the optimizer is at work on the weights.
+        saved_step: of the last checkpoint in this call of `train()`.
     """
+
+    #: Key in `TrainerState.stateful_callbacks` → {"save": whether a checkpoint was due after the evaluation owed}.
+    OWED = "fastdpo.EvaluationOwed"
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self.received: int | None = None
+        self.training = False
+        self.step = 1
+        self.updating = False
+        self.saved_step: int | None = None
+        self._cut_short = False
         self._previous: dict[int, Any] = {}
 
     def install(self) -> None:
         """Take over the signals; only the main thread may, elsewhere they keep their handlers."""
-        self.received = None
+        self.received, self.saved_step, self._cut_short = None, None, False
+        self.training, self.updating, self.step = True, False, 1
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
 
     def restore(self) -> None:
         """Give the signals back to the handlers that had them."""
+        self.training = False
+        self._give_back()
+
+    def _give_back(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         self.received = number
-        self.restore()
+        self._give_back()
 
     def agreed(self) -> int | None:
         """The signal that any rank has received; every rank calls this at the same place."""
         self.received = self.ranks.largest(self.received or 0) or None
         return self.received
 
-    def _stop_if_received(self, control: TrainerControl) -> TrainerControl:
-        if self.agreed() is not None:
-            control.should_training_stop = True
-            control.should_save = True
-            control.should_evaluate = False  # whoever stops a run may not wait for an evaluation
-        return control
+    def leave_evaluation(self) -> None:
+        """Raise EvaluationStopped where a signal was received in training; all ranks call it at each batch."""
+        if self.training and self.agreed() is not None:
+            raise EvaluationStopped
+
+    def stop(self, state: TrainerState, control: TrainerControl) -> None:
+        """End training here, with a checkpoint; an evaluation that is due is owed."""
+        self._cut_short |= not control.should_training_stop
+        owed = state.stateful_callbacks.get(self.OWED)
+        if control.should_evaluate or owed is not None:
+            state.stateful_callbacks[self.OWED] = {"save": control.should_save or (owed is not None and owed["save"])}
+        control.should_evaluate, control.should_save, control.should_training_stop = False, True, True
+
+    def pay(self, state: TrainerState) -> bool | None:
+        """Take the evaluation that is owed off `state`. Returns whether a checkpoint is due after it; None: none is
+        owed."""
+        owed = state.stateful_callbacks.pop(self.OWED, None)
+        return None if owed is None else bool(owed["save"])
+
+    def on_train_begin(self, args: FastDPOConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.step = state.global_step + 1
+
+    on_step_begin = on_train_begin
+
+    def on_pre_optimizer_step(
+        self, args: FastDPOConfig, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.updating = True
+
+    def on_optimizer_step(self, args: FastDPOConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.updating = False
 
     def on_step_end(
         self, args: FastDPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        return self._stop_if_received(control)
+        if self.agreed() is not None:
+            self.stop(state, control)
+        return control
 
     def on_epoch_end(
         self, args: FastDPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        return self._stop_if_received(control)
+        if self.agreed() is not None:
+            inside = state.epoch is not None and state.epoch != int(state.epoch)
+            if self._cut_short and inside:  # the epoch has not ended, so nothing of its end is due
+                control.should_log = control.should_evaluate = control.should_save = False
+            else:
+                self.stop(state, control)
+        return control
 
     def on_evaluate(
         self, args: FastDPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        return self._stop_if_received(control)
+        if self.training and self.agreed() is not None:
+            self.stop(state, control)
+        return control
+
+    def on_save(self, args: FastDPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.saved_step = state.global_step
 
 
 class CommitStatistics(TrainerCallback):

@@ -213,28 +213,34 @@ def test_evaluation_pairs_are_kept_too(tmp_path: Path) -> None:
     assert len(fresh.trainer.parts.references.cache) == 10
 
 
-def test_precomputation_can_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it has by then is kept, and the next run computes the rest."""
+def test_a_precomputation_that_is_stopped_takes_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has by then is kept, and the next start computes the rest in the same rounds: the run is bitwise that of
+    one computation."""
     monkeypatch.setattr(reference_store, "ROUND", 4)
-    run = Run(tmp_path, reference="precompute")
-    keep, kept = run.trainer.parts.references.share, []
+    options = {"reference": "precompute", "micro_batch_tokens": "90"}
+    run = Run(tmp_path / "run", **options)
+    share, kept = run.trainer.parts.references.share, []
 
     def stopped() -> None:
-        keep()
+        share()
         kept.append(len(run.trainer.parts.references.cache))
         if len(kept) == 2:
             run.trainer.stop_signals.received = 15
 
     monkeypatch.setattr(run.trainer.parts.references, "share", stopped)
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(
+        TrainingInterrupted, match=r"SIGTERM: stopped before step 1, nothing is trained. Start the same"
+    ):
         run.train()
     assert kept[:2] == [4, 8]
-    # The step in flight has needed some more
-    assert 8 <= len(run.trainer.parts.references.cache) == run.pairs <= 16
-    again = Run(tmp_path, reference="precompute")
-    again.trainer.train(resume_from_checkpoint=True)
-    assert run.pairs + again.pairs == PAIRS
-    assert_same_run((Run(tmp_path / "straight").train().outcome[0], []), (again.outcome[0], []))
+    assert run.pairs == 8
+    assert [path.name for path in run.file.parent.iterdir() if not path.name.endswith(".lock")] == [run.file.name]
+    again = Run(tmp_path / "run", **options).train()
+    assert again.pairs == PAIRS - 8
+    straight = Run(tmp_path / "straight", **options).train()
+    assert straight.file.read_bytes() == again.file.read_bytes()
+    for name, value in straight.outcome[0].items():
+        assert torch.equal(value, again.outcome[0][name]), name
 
 
 def test_cache_folder_without_a_cache_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,165 @@
+"""transformers' training loop, which a signal ends in any of its phases without a trace in the run that is resumed.
+
+phase              how it is left                                        what the resumed run does
+before a step      none is taken, nothing is saved                       the same command starts again
+a step             after it, with its checkpoint                         trains on
+an evaluation      at its next batch, with the checkpoint of its step    repeats all of it, then trains on
+after the last     before the best weights are loaded                    trains nothing, and ends as it would have
+
+the optimizer      by memory that runs out, without a checkpoint         starts from the last checkpoint
+
+A run that has no step left, because it is finished or a callback has stopped it, takes none; transformers' would.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+from transformers import Trainer, TrainerControl
+from transformers.trainer_utils import TrainOutput
+
+from fastdpo.training.memory.plan import get_rng_state, is_out_of_memory, set_rng_state
+from fastdpo.training.runs.callbacks import EvaluationStopped, StopSignals, TrainingInterrupted
+from fastdpo.training.runs.failures import NamesStoppedRanks, optimizer_out_of_memory
+
+logger = logging.getLogger(__name__)
+
+
+class InterruptibleTrainer(Trainer):
+    """A Trainer whose `stop_signals` is also among its callbacks, after those that decide what is due."""
+
+    stop_signals: StopSignals
+    #: The checkpoint that this call of `train` has loaded.
+    resumed_from: str | bool | None = None
+    # transformers' own, which have no types
+    _initial_global_step: int = -1
+    _tr_loss: Tensor
+    control: TrainerControl
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """As transformers', from a folder that exists.
+
+        Raises TrainingInterrupted, OptimizerOutOfMemory, or RankStopped where another rank has ended.
+        """
+        self.resumed_from = resume_from_checkpoint or None
+        ranks = self.stop_signals.ranks
+        self.stop_signals.install()
+        try:
+            with NamesStoppedRanks(ranks, lambda: self.stop_signals.step, self.args.output_dir):
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self.stop_signals.restore()
+
+    def _has_trained(self) -> bool:
+        """Whether this call of `train` has taken a step."""
+        return self.state.global_step > self._initial_global_step
+
+    def _load_callback_state(self) -> None:
+        """As transformers', which would warn of what is no callback's state."""
+        owed = self.state.stateful_callbacks.pop(StopSignals.OWED, None)
+        super()._load_callback_state()
+        if owed is not None:
+            self.state.stateful_callbacks[StopSignals.OWED] = owed
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        self._evaluate_what_is_owed(kwargs["trial"], kwargs["ignore_keys_for_eval"])
+        # transformers' takes a step before it looks
+        if self.state.global_step >= self.state.max_steps or self.stop_signals.agreed() is not None:
+            self.control.should_training_stop = True
+        if self.control.should_training_stop:
+            return
+        try:
+            super()._run_epoch(**kwargs)
+        except (RuntimeError, MemoryError) as error:
+            if self.stop_signals.updating and is_out_of_memory(error):
+                ranks, step = self.stop_signals.ranks, self.stop_signals.step
+                raise optimizer_out_of_memory(ranks, step, self.args.output_dir, error) from error
+            raise
+
+    def _evaluate_what_is_owed(self, trial: Any, ignore_keys: list[str] | None) -> None:
+        """Do what the run that is resumed was stopped before: the evaluation of its last step, with all that follows:
+        the best metric, a checkpoint where one was due, a stop that a callback asks for."""
+        if self.stop_signals.agreed() is not None or (save := self.stop_signals.pay(self.state)) is None:
+            return
+        self._load_rng_state(self.resumed_from)  # the checkpoint that may follow holds it
+        self.control.should_evaluate, self.control.should_save = True, save
+        self._maybe_log_save_evaluate(
+            self._tr_loss, None, self.model_wrapped, trial, self.state.epoch or 0.0, ignore_keys, 0.0
+        )
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, trial: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        save = self.control.should_save
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        except EvaluationStopped:
+            # As before the evaluation: the first of several data sets has changed them
+            self.control.should_evaluate, self.control.should_save = True, save
+            self.stop_signals.stop(self.state, self.control)
+            if self._has_trained():
+                self._save_checkpoint(model, trial)
+                self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _evaluate(
+        self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
+    ) -> dict[str, float]:
+        at_start = skip_scheduler  # `eval_on_start`, of which transformers reads nothing
+        if at_start and self.state.global_step > 0:
+            return {}
+        logged = len(self.state.log_history)
+        try:
+            return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        except EvaluationStopped:
+            del self.state.log_history[logged:]  # the first of several data sets
+            if at_start:
+                return {}
+            raise
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', but random states are left as they were: whether an evaluation was left, and is repeated
+        when the run is resumed, must not show in the steps after it."""
+        before = get_rng_state(self.args.device)
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            set_rng_state(self.args.device, before)
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
+        self._evaluate_what_is_owed(trial, None)  # where no epoch is left to begin
+        # Before the best weights are loaded and other checkpoints deleted: the step in flight must not be lost.
+        if (signum := self.stop_signals.agreed()) is not None:
+            self._interrupt(signum, trial)
+        limit, self.args.save_total_limit = (
+            self.args.save_total_limit,
+            None,
+        )  # by which it removes whatever has the name
+        try:
+            result = super()._finalize_training(trial, num_train_samples, start_time)
+        finally:
+            self.args.save_total_limit = limit
+        if self._has_trained():
+            return result
+        step, last = self.state.global_step, self.state.max_steps
+        why = "this run is finished" if step >= last else "a callback has stopped this run"
+        logger.warning("checkpoint at step %d of %d: %s, nothing is trained.", step, last, why)
+        return TrainOutput(step, float("nan"), {})
+
+    def _interrupt(self, signum: int, trial: Any) -> NoReturn:
+        """Leave `train`, once the last step that it has taken is saved."""
+        step = self.state.global_step
+        if self._has_trained() and self.stop_signals.saved_step != step:
+            self._save_checkpoint(self.model_wrapped, trial)
+        self.callback_handler.on_train_end(self.args, self.state, self.control)
+        saved = str(Path(self._get_output_dir(trial)) / f"checkpoint-{step}") if self._has_trained() else None
+        interruption = TrainingInterrupted(signum, step, saved)
+        logger.warning("%s", interruption)
+        raise interruption
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """No step, no loss of a training."""
+        if "train_loss" not in logs or self._has_trained():
+            super().log(logs, start_time)
