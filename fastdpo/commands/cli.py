@@ -1,4 +1,4 @@
-"""The command `fastdpo`: train, demo, estimate, info, each in a file of its name.
+"""The command `fastdpo`: train, verify, demo, estimate, info, each in a file of its name.
 
 Exit codes: 0 done; 1 the run failed (a non-finite loss, memory in the optimizer's step, another rank); 2 an option,
 file or model cannot be used; 128 + n stopped by signal n after saving a checkpoint.
@@ -22,6 +22,7 @@ Preference optimisation on one GPU: exact β-DPO under a memory-frugal QLoRA tra
 commands:
   demo      align a small chat model on this machine and show what changed
   train     align your own model on your own pairs
+  verify    whether a run or a checkpoint is whole, and what a resume would compare
   estimate  predict the memory and time of a training run, without weights or a GPU
   info      versions, devices, and which backends can run here
 
@@ -38,6 +39,12 @@ _ONEDNN_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY":
 
 def _train(argv: list[str]) -> int:
     from fastdpo.commands.train import main
+
+    return main(argv)
+
+
+def _verify(argv: list[str]) -> int:
+    from fastdpo.commands.verify import main
 
     return main(argv)
 
@@ -62,6 +69,7 @@ def _info(argv: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
+    "verify": _verify,
     "demo": _demo,
     "estimate": _estimate,
     "info": _info,

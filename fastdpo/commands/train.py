@@ -19,7 +19,7 @@ from fastdpo.training.ranks import Ranks
 from fastdpo.training.runs.artifacts import metrics_of
 from fastdpo.training.runs.folder import RunFolder
 from fastdpo.training.runs.saving import held_by_first
-from fastdpo.training.runs.start import check_start
+from fastdpo.training.runs.start import begin_start
 from fastdpo.training.trainer import FastDPOTrainer
 
 _DESCRIPTION = """Align a causal LM on preference pairs with DPO or β-DPO, with a LoRA on a quantised model or without.
@@ -57,7 +57,7 @@ def run(
     with held_by_first(folder, ranks, args.should_save):
         # Before anything is read or changed; the trainer looks again when it takes the folder over
         ranks.by_first(
-            lambda: check_start(
+            lambda: begin_start(
                 folder, args.resume_from_checkpoint, overwrite=args.overwrite_output_dir, sources=sources
             )
         )

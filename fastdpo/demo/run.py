@@ -28,7 +28,7 @@ from fastdpo.training.models.loading import load_model, load_tokenizer, lora_con
 from fastdpo.training.options import FastDPOConfig, ModelConfig
 from fastdpo.training.runs.artifacts import METRICS_FILE, metrics_of
 from fastdpo.training.runs.folder import RunFolder
-from fastdpo.training.runs.start import check_start
+from fastdpo.training.runs.start import begin_start
 from fastdpo.training.trainer import FastDPOTrainer
 
 DATA = Path(__file__).parent / "data"
@@ -78,7 +78,7 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
     _quieten()
     folder = RunFolder(config.output_dir)
     with folder.held():
-        check_start(folder, config.resume_from_checkpoint, overwrite=config.overwrite_output_dir)
+        begin_start(folder, config.resume_from_checkpoint, overwrite=config.overwrite_output_dir)
         return _run(config, console, started)
 
 

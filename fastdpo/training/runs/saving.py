@@ -25,7 +25,7 @@ from fastdpo.training.reference import ReferenceStore
 from fastdpo.training.runs.checkpoint import CheckpointError, close, faults, read_manifest
 from fastdpo.training.runs.folder import RunFolder
 from fastdpo.training.runs.identity import Identity
-from fastdpo.training.runs.start import Start, check_start, list_of_start, read_list
+from fastdpo.training.runs.start import Start, begin_start, is_resume, list_of_start, read_list
 
 logger = logging.getLogger(__name__)
 
@@ -101,13 +101,13 @@ class Checkpoints:
         folder = self.folder
         # What an earlier call of train has left is this trainer's own
         overwrite = self.args.overwrite_output_dir or self._claimed
-        start = check_start(folder, resume, overwrite=overwrite, sources=self._sources)
+        start = begin_start(folder, resume, overwrite=overwrite, sources=self._sources)
         folder.list = read_list(folder.path)
-        if folder.list is not None and not self._claimed:
-            if folder.recover():
-                start = check_start(folder, resume, overwrite=overwrite, sources=self._sources)
-            if not start.in_place:
-                folder.clear(self._keep)
+        if folder.list is not None and not start.in_place and not self._claimed:
+            folder.recover()
+            folder.clear(self._keep)
+        if start.resume is None and is_resume(resume):
+            logger.warning("%s holds no checkpoint yet: the run starts from the beginning.", folder.path)
         folder.begin(list_of_start(folder, start, keep=self._claimed))
         return start
 

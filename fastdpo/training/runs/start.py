@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastdpo.training.runs.checkpoint import (
     MANIFEST,
@@ -82,6 +83,21 @@ def check_start(
     return Start(resume, manifest, in_place)
 
 
+def begin_start(folder: RunFolder, resume_from_checkpoint: str | bool | None, **rules: Any) -> Start:
+    """`check_start` under the folder's lock: of a run that is resumed, what a killed process had begun is finished
+    first."""
+    if is_resume(resume_from_checkpoint):
+        folder.list = read_list(folder.path)
+        if folder.list is not None:
+            folder.recover()
+    return check_start(folder, resume_from_checkpoint, **rules)
+
+
+def is_resume(resume_from_checkpoint: str | bool | None) -> bool:
+    """Whether the option asks for a checkpoint."""
+    return resume_from_checkpoint not in (None, False, "", "False", "false")
+
+
 def read_list(path: Path) -> RunList | None:
     """The run's list in the folder. Raises CheckpointError where it is not what was written."""
     try:
@@ -95,13 +111,16 @@ def read_list(path: Path) -> RunList | None:
 def resolve_resume(run_dir: str | Path, resume_from_checkpoint: str | bool | None) -> Path | None:
     """The checkpoint folder to resume from, every byte of it checked; None for a fresh start.
 
-    True, "True", "last" and "latest" mean the newest checkpoint of the branch that the run in `run_dir` trained last.
+    True, "True", "last" and "latest" mean the newest checkpoint of the branch that the run in `run_dir` trained last; of
+    a run that was stopped before its first one, the start.
     Raises CheckpointError if there is none, or if the folder is not whole or cannot be resumed from; where the newest
     is torn, with the newest whole one.
     """
-    if resume_from_checkpoint in (None, False, "", "False", "false"):
+    if not is_resume(resume_from_checkpoint):
         return None
     if resume_from_checkpoint in (True, "True", "true", "last", "latest"):
+        if _has_only_begun(Path(run_dir)):
+            return None
         folder = _last(Path(run_dir))
     else:
         folder = Path(str(resume_from_checkpoint)).expanduser()
@@ -111,6 +130,12 @@ def resolve_resume(run_dir: str | Path, resume_from_checkpoint: str | bool | Non
             "Train its weights further as adapter_name_or_path or model_name_or_path."
         )
     return folder
+
+
+def _has_only_begun(run_dir: Path) -> bool:
+    """Whether the folder is a run's that has saved nothing yet."""
+    run = read_list(run_dir)
+    return run is not None and not run.checkpoints and set(run.files) <= set(REPORTS)
 
 
 def _last(run_dir: Path) -> Path:
