@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -88,8 +89,8 @@ def _read_files(
     log_unused_columns(first.fields, chosen_format, label)
     # A limit counts rows over all files, so it leaves nothing to share out.
     workers = min(num_proc or 1, len(files)) if max_examples is None else 1
-    # Size and time make a changed file another cache key.
-    stamps = [(stat.st_size, stat.st_mtime_ns) for stat in (file.path.stat() for file in files)]
+    # By what they hold: a file that was replaced may have kept its size and its time
+    contents = [_digest(file.path) for file in files]
     # `datasets` calls the generator once for each element of lists, with any number of workers, and once for a tuple.
     shares: Callable[[Iterable[Any]], Sequence[Any]] = list if workers > 1 else tuple
     try:
@@ -101,7 +102,7 @@ def _read_files(
             num_proc=workers if workers > 1 else None,
             gen_kwargs={
                 "files": shares(files),
-                "stamps": shares(stamps),
+                "contents": shares(contents),
                 "data_format": chosen_format,
                 "max_examples": max_examples,
                 "version": CACHE_VERSION,
@@ -114,9 +115,17 @@ def _read_files(
     return without_dropped(flagged, chosen_format, label)
 
 
+def _digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def _flagged_rows(
     files: Sequence[SourceFile],
-    stamps: Sequence[tuple[int, int]],
+    contents: Sequence[str],
     data_format: PreferenceFormat,
     max_examples: int | None,
     version: int,

@@ -64,6 +64,12 @@ class InterruptibleTrainer(Trainer):
         if owed is not None:
             self.state.stateful_callbacks[StopSignals.OWED] = owed
 
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', which would log, evaluate and save at the intervals of the checkpoint, not at this run's."""
+        result = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)
+        return result
+
     def _run_epoch(self, **kwargs: Any) -> None:
         self._evaluate_what_is_owed(kwargs["trial"], kwargs["ignore_keys_for_eval"])
         # transformers' takes a step before it looks

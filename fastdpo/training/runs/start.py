@@ -111,8 +111,8 @@ def read_list(path: Path) -> RunList | None:
 def resolve_resume(run_dir: str | Path, resume_from_checkpoint: str | bool | None) -> Path | None:
     """The checkpoint folder to resume from, every byte of it checked; None for a fresh start.
 
-    True, "True", "last" and "latest" mean the newest checkpoint of the branch that the run in `run_dir` trained last; of
-    a run that was stopped before its first one, the start.
+    True, "True", "last" and "latest" mean the newest checkpoint of the branch that the run in `run_dir` trained last;
+    of a run that was stopped before its first one, the start.
     Raises CheckpointError if there is none, or if the folder is not whole or cannot be resumed from; where the newest
     is torn, with the newest whole one.
     """
