@@ -65,7 +65,7 @@ class InterruptibleTrainer(Trainer):
             self.state.stateful_callbacks[StopSignals.OWED] = owed
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', which would log, evaluate and save at the intervals of the checkpoint, not at this run's."""
+        """As transformers', which would go on at the intervals of logs, evaluations and saves of the checkpoint."""
         result = super()._init_training_state(max_steps, *args, **kwargs)
         self.state.compute_steps(self.args, max_steps)
         return result
