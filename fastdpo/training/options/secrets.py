@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
-#: Names, in options and within options that hold further ones.
-_NAME = re.compile(r"(^|_)(token|tokens|password|passwd|secret|api_?key|access_?key|credentials?|authorization)$", re.I)
-#: Names that fit and are none.
-_NO_SECRETS = ("micro_batch_tokens",)
+#: Names, in options and within options that hold further ones. Tokens of a vocabulary (eos_token) are none.
+_NAME = re.compile(
+    r"^token$|(^|_)(hub|hf|auth|access|api|bearer|refresh)_tokens?$"
+    r"|(^|_)(password|passwd|secret|api_?key|access_?key|credentials?|authorization)$",
+    re.IGNORECASE,
+)
 #: What a token of the hub looks like, wherever it stands; and a password within an address.
 _VALUE = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b|(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
 HIDDEN = "<hidden>"
@@ -16,7 +18,7 @@ HIDDEN = "<hidden>"
 
 def is_secret(name: str) -> bool:
     """Whether the value of an option of this name is one."""
-    return name not in _NO_SECRETS and _NAME.search(name) is not None
+    return _NAME.search(name) is not None
 
 
 def without_secrets(value: Any) -> Any:
