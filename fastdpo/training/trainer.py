@@ -394,9 +394,7 @@ class FastDPOTrainer(InterruptibleTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Weights and tokenizer, in `args.output_dir` by default: they get their names once all are written."""
         if output_dir is None or Path(output_dir).resolve() == Path(self.args.output_dir).resolve():
-            ended = self.state.max_steps > 0 and self.state.global_step >= self.state.max_steps
-            finished = self.state.global_step if ended else None
-            with self.parts.checkpoints.published("file-model", finished=finished) as staged:
+            with self.parts.checkpoints.published("file-model") as staged:
                 super().save_model(str(staged), _internal_call=True)
         else:
             with placed_whole(Path(output_dir), self.args.should_save) as staged:
@@ -435,7 +433,9 @@ class FastDPOTrainer(InterruptibleTrainer):
         Returns the files written; none on other processes than the main one.
         """
         self.results = results
-        with self.parts.checkpoints.published("file-run") as staged:
+        ended = 0 < self.state.max_steps <= self.state.global_step
+        finished = self.state.global_step if ended else None
+        with self.parts.checkpoints.published("file-run", finished=finished) as staged:
             if self.args.should_save:
                 artifacts.write_figures(staged, self.state.log_history, results, self.config, options or {})
                 self._write_card(staged)

@@ -99,7 +99,10 @@ def test_continuing_an_adapter_and_a_second_run_into_the_folder(
     assert main(["train", str(path)]) == 0
     assert main(["train", str(path)]) == 2
     assert "holds another run (adapter_model.safetensors, checkpoint-2, " in " ".join(capsys.readouterr().err.split())
+    before = (files["out"] / "metrics.json").read_bytes()
     assert main(["train", str(path), "--resume_from_checkpoint", "last"]) == 0
+    assert "holds the finished run, whole; nothing was changed" in " ".join(capsys.readouterr().out.split())
+    assert (files["out"] / "metrics.json").read_bytes() == before
     assert main(["train", str(path), "--overwrite_output_dir"]) == 0
     written = yaml.safe_load((files["out"] / "run.yaml").read_text())
     assert not {"overwrite_output_dir", "resume_from_checkpoint"} & written.keys(), "run again, it would delete the run"

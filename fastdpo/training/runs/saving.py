@@ -124,7 +124,7 @@ class Checkpoints:
     @contextmanager
     def published(self, name: str, *, finished: int | None = None) -> Iterator[Path]:
         """A folder aside, whose files then get their names in the run's folder together; all ranks call it. finished:
-        the step after which the run's weights are among them.
+        the step, where these are the last files of a finished run.
 
         Raises CheckpointError where a folder that this run has not claimed yet holds another one, or where the files
         cannot be written.
