@@ -12,12 +12,20 @@ from pathlib import Path
 import pytest
 import tiny
 
+from fastdpo.commands.cli import COMMANDS
 from fastdpo.commands.options import make_parser, parse
 from fastdpo.training.options import DataConfig, FastDPOConfig, ModelConfig
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+
+
+def blocks_of(text: str) -> list[tuple[str, str]]:
+    """Kind and text of each code block."""
+    return re.findall(r"```(\w+)\n(.*?)```", text, flags=re.DOTALL)
+
+
+BLOCKS = blocks_of(README)
 
 
 def test_readme_is_short_and_its_blocks_are_of_known_kinds() -> None:
@@ -38,7 +46,9 @@ def test_python_block_runs(code: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def commands() -> list[str]:
-    joined = "\n".join(text for kind, text in BLOCKS if kind == "bash").replace("\\\n", " ")
+    """Of the README and the documents."""
+    blocks = BLOCKS + [block for path in (ROOT / "docs").glob("*.md") for block in blocks_of(path.read_text("utf-8"))]
+    joined = "\n".join(text for kind, text in blocks if kind == "bash").replace("\\\n", " ")
     return [line.split("#")[0].strip() for line in joined.splitlines() if line.split("#")[0].strip()]
 
 
@@ -57,7 +67,7 @@ def test_shell_command_exists(command: str, tmp_path: Path, monkeypatch: pytest.
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
         parse(make_parser("fastdpo train", "", ModelConfig, DataConfig, FastDPOConfig), words[2:])
     elif words[0] == "fastdpo":
-        assert words[1] in ("demo", "info", "estimate")
+        assert words[1] in COMMANDS
     else:
         assert words[0] in ("git", "cd", "pip", "python")
         assert shutil.which(words[0]) or words[0] == "cd" or Path(sys.executable).with_name(words[0]).exists()

@@ -113,8 +113,8 @@ class RunFolder:
         """Give all files below `staged` their names in the folder, those of the run replaced, weights last.
 
         A name that is the user's, or whose file was changed since the run wrote it, is left alone: the run's file then
-        has `.fastdpo` in its name, and a warning says so. finished: the step, where these are a finished run's last files.
-        Returns where the files are.
+        has `.fastdpo` in its name, and a warning says so. finished: the step, where these are the last of a
+        finished run. Returns where the files are.
         """
         self._check_lock()
         for name in names_below(staged):
