@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
@@ -12,10 +13,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from launched import WORKER, on_two_ranks
+import torch.distributed as dist
+from launched import WORKER, Forks, on_two_ranks
 from transformers import EarlyStoppingCallback, TrainerCallback
 from worker import Event, state
 
+from fastdpo.training.ranks import Ranks
+from fastdpo.training.runs import failures
 from fastdpo.training.runs.callbacks import TrainingInterrupted
 from fastdpo.training.runs.checkpoint import checkpoints
 from fastdpo.training.runs.failures import OptimizerOutOfMemory
@@ -204,3 +208,34 @@ def test_a_rank_that_stops_is_named_by_the_other_and_the_run_goes_on_from_its_ch
     expected, found = (torch.load(tmp_path / f"{name}.pt")["state"] for name in ("straight", "run"))
     for name, value in expected.items():
         assert torch.equal(value, found[name]), name
+
+
+def test_a_rank_that_only_waits_is_not_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0's collective fails, rank 3 still waits in its own, ranks 1 and 2 are gone. What rank 0 has found out, rank
+    3 says at once."""
+    store = dist.HashStore()
+    monkeypatch.setattr(failures, "_get_default_store", lambda: store)
+    monkeypatch.setattr(failures, "_calls", itertools.repeat(0))
+    monkeypatch.setattr(failures, "GRACE", 2.0)
+    first, last = (
+        failures.NamesStoppedRanks(Ranks(rank, 4, torch.device("cpu")), lambda: 7, str(tmp_path)) for rank in (0, 3)
+    )
+    verdict = r"^ranks 1, 2 of 4 stopped in step 7 \(killed.*No checkpoint had been saved yet: start again. Start all"
+    closed = dist.DistBackendError("connection closed")
+    last.__enter__()
+    with pytest.raises(failures.RankStopped, match=verdict), first:
+        raise closed
+    monkeypatch.setattr(failures, "GRACE", 600.0)
+    with pytest.raises(failures.RankStopped, match=verdict):
+        last.__exit__(type(closed), closed, None)
+
+
+def test_a_signal_in_the_tokenisation_ends_the_process_and_leaves_nothing(tmp_path: Path) -> None:
+    forks = Forks()
+    job = {"folder": str(tmp_path / "run"), "options": OPTIONS, "event": "sigterm in the tokenisation"}
+    code, stderr = forks.run(job, tmp_path / "stderr")
+    forks.close()
+    assert code == -signal.SIGTERM, stderr[-2000:]
+    assert checkpoints(tmp_path / "run") == []
+    tiny.trainer(tmp_path / "run", **(OPTIONS | {"max_steps": 1})).train()
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-1"]
