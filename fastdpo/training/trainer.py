@@ -345,7 +345,7 @@ class FastDPOTrainer(InterruptibleTrainer):
         if self.hp_search_backend is None and trial is None:
             self.store_flos()
         self.save_model(str(staging), _internal_call=True)
-        if self.state.best_global_step:
+        if self.state.best_global_step and self.stop_signals.may_be_best(self.args, self.state):
             best = run_dir / f"checkpoint-{self.state.best_global_step}"
             if best == final or best.is_dir():
                 self.state.best_model_checkpoint = str(best)

@@ -59,10 +59,10 @@ class InterruptibleTrainer(Trainer):
 
     def _load_callback_state(self) -> None:
         """As transformers', which would warn of what is no callback's state."""
-        owed = self.state.stateful_callbacks.pop(StopSignals.OWED, None)
+        kept = {StopSignals.OWED, StopSignals.BESIDE} & self.state.stateful_callbacks.keys()
+        own = {name: self.state.stateful_callbacks.pop(name) for name in kept}
         super()._load_callback_state()
-        if owed is not None:
-            self.state.stateful_callbacks[StopSignals.OWED] = owed
+        self.state.stateful_callbacks |= own
 
     def _run_epoch(self, **kwargs: Any) -> None:
         self._evaluate_what_is_owed(kwargs["trial"], kwargs["ignore_keys_for_eval"])

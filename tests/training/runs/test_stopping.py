@@ -107,7 +107,10 @@ SIX = [("step", 2), ("evaluation", 4), ("step", 6), ("evaluation", 6)]
 #: Options, and where the run is stopped. Margins grow, so with the lowest as the best the first evaluation is the best.
 EVALUATED: dict[str, tuple[dict[str, Any], list[tuple[str, int]]]] = {
     "save the best": (EVERY_TWO | BEST | {"save_strategy": "best"}, SIX),
-    "load the best": (EVERY_TWO | BEST | {"load_best_model_at_end": True, "save_total_limit": 1}, SIX),
+    "load the best": (
+        EVERY_TWO | BEST | {"greater_is_better": True, "load_best_model_at_end": True, "save_total_limit": 1},
+        SIX,
+    ),
     "plateau": (
         EVERY_TWO
         | {"save_steps": 3, "lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0}}
@@ -115,6 +118,10 @@ EVALUATED: dict[str, tuple[dict[str, Any], list[tuple[str, int]]]] = {
         SIX,
     ),
     "early stop": (EVERY_TWO | BEST | {"load_best_model_at_end": True}, [("step", 2), ("evaluation", 4), ("step", 6)]),
+    "saves less often": (
+        EVERY_TWO | BEST | {"eval_steps": 1, "load_best_model_at_end": True},
+        [("step", 1), ("evaluation", 3)],
+    ),
     "two sets, at the end of an epoch": (
         {"eval_strategy": "epoch", "save_strategy": "epoch"},
         [("step", 3), ("evaluation", 3), ("step", 4), ("evaluation", 6)],
