@@ -18,6 +18,7 @@ from launched import WORKER, Forks, on_two_ranks
 from transformers import EarlyStoppingCallback, TrainerCallback
 from worker import Event, state
 
+from fastdpo.commands import cli
 from fastdpo.training.ranks import Ranks
 from fastdpo.training.runs import failures
 from fastdpo.training.runs.callbacks import TrainingInterrupted
@@ -113,9 +114,14 @@ EVALUATED: dict[str, tuple[dict[str, Any], list[tuple[str, int]]]] = {
     ),
     "plateau": (
         EVERY_TWO
-        | {"save_steps": 3, "lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0}}
+        | {
+            "eval_on_start": True,
+            "save_steps": 3,
+            "lr_scheduler_type": "reduce_lr_on_plateau",
+            "lr_scheduler_kwargs": {"patience": 0},
+        }
         | BEST,
-        SIX,
+        [("evaluation", 0), *SIX],
     ),
     "early stop": (EVERY_TWO | BEST | {"load_best_model_at_end": True}, [("step", 2), ("evaluation", 4), ("step", 6)]),
     "saves less often": (
@@ -133,7 +139,7 @@ EVALUATED: dict[str, tuple[dict[str, Any], list[tuple[str, int]]]] = {
 def test_a_run_stopped_at_its_evaluations_evaluates_when_it_is_resumed(name: str, tmp_path: Path) -> None:
     """With dropout on: an evaluation that is repeated must not move the random state."""
     options, stops = EVALUATED[name]
-    stops, starts = list(stops), 1
+    stops = list(stops)
     evaluated: Any = tiny.pairs(6, seed=9)
     batches = 3
     if "two sets" in name:
@@ -159,10 +165,9 @@ def test_a_run_stopped_at_its_evaluations_evaluates_when_it_is_resumed(name: str
         trainer = made(tmp_path / "stopped")
         planned = len(stops)
         try:
-            trainer.train(resume_from_checkpoint=starts > 1)
+            trainer.train(resume_from_checkpoint=bool(checkpoints(tmp_path / "stopped")))
             break
         except TrainingInterrupted:
-            starts += 1
             assert len(stops) == planned - 1
     assert stops == ([("step", 6)] if name == "early stop" else [])
     assert trainer.state.global_step == (4 if name == "early stop" else 6)
@@ -246,3 +251,17 @@ def test_a_signal_in_the_tokenisation_ends_the_process_and_leaves_nothing(tmp_pa
     assert checkpoints(tmp_path / "run") == []
     tiny.trainer(tmp_path / "run", **(OPTIONS | {"max_steps": 1})).train()
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize(("error", "printed"), [(OptimizerOutOfMemory, True), (failures.RankStopped, False)])
+def test_the_command_line_ends_with_1(
+    error: type[RuntimeError], printed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a line of its own, unless the trainer has said it where a launcher could not cut it off."""
+
+    def fails(_: list[str]) -> int:
+        raise error("rank 1 of 2 stopped")
+
+    monkeypatch.setitem(cli.COMMANDS, "info", fails)
+    assert cli.main(["info"]) == 1
+    assert ("rank 1 of 2 stopped" in capsys.readouterr().err) is printed
