@@ -6,7 +6,8 @@ a step             after it, with its checkpoint                         trains 
 an evaluation      at its next batch, with the checkpoint of its step    repeats all of it, then trains on
 after the last     before the best weights are loaded                    trains nothing, and ends as it would have
 
-the optimizer      by memory that runs out, without a checkpoint         starts from the last checkpoint
+What is no signal (memory that runs out in the optimizer, a rank that stops) ends it without a checkpoint, see
+`failures`; the resumed run starts from the last one.
 
 A run that has no step left, because it is finished or a callback has stopped it, takes none; transformers' would.
 """
@@ -145,6 +146,7 @@ class InterruptibleTrainer(Trainer):
         """Leave `train`, once the last step that it has taken is saved."""
         step = self.state.global_step
         if self._has_trained() and self.stop_signals.saved_step != step:
+            self.stop_signals.stop(self.state, self.control)
             self._save_checkpoint(self.model_wrapped, trial)
         self.callback_handler.on_train_end(self.args, self.state, self.control)
         saved = str(Path(self._get_output_dir(trial)) / f"checkpoint-{step}") if self._has_trained() else None
