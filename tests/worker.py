@@ -20,7 +20,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from peft import get_peft_model_state_dict
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from fastdpo.training.runs import saving as checkpointing
 
@@ -74,7 +74,9 @@ def injected(trainer: Any, fails: Callable[..., bool]) -> Any:
 def main(job: dict[str, Any]) -> None:
     """Train as `job` says; rank 0 writes the final state and the log to `result`."""
     torch.set_num_threads(1)
-    callbacks = [Event(job["event"], job["at"], job.get("of"))] if job.get("event") else []
+    callbacks = [Event(job["event"], job["at"], job.get("of"))] if "at" in job else []
+    if job.get("event") == "sigterm in the tokenisation":
+        PreTrainedTokenizerFast.__call__ = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
     if "eval_pairs" in job:
         job["options"]["eval_dataset"] = tiny.pairs(job["eval_pairs"], seed=9)
     data = tiny.pairs(job.get("pairs", 24))

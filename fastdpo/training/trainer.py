@@ -370,7 +370,7 @@ class FastDPOTrainer(InterruptibleTrainer):
         with saving.written(staged):
             self.store_flos()
             super().save_model(str(staged), _internal_call=True)
-            if self.state.best_global_step:
+            if self.state.best_global_step and self.stop_signals.may_be_best(self.args, self.state):
                 best = run_dir / f"checkpoint-{self.state.best_global_step}"
                 if self.state.best_global_step == step or best.is_dir():
                     self.state.best_model_checkpoint = str(best)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import SaveStrategy
 
 from fastdpo.training.options import FastDPOConfig
 from fastdpo.training.ranks import Ranks
@@ -47,7 +48,8 @@ class StopSignals(TrainerCallback):
     `ranks` agree on the step to stop at: any rank's signal stops all of them.
 
     Whoever stops a run may not wait for an evaluation. One that is due then is owed: the checkpoint says so (`OWED`),
-    and the run that is resumed from it evaluates first.
+    and the run that is resumed from it evaluates first. A checkpoint that is written for a stop alone is never the best
+    one (`BESIDE`): the undisturbed run has none there.
 
     Attributes:
         received: the signal.
@@ -59,6 +61,8 @@ class StopSignals(TrainerCallback):
 
     #: Key in `TrainerState.stateful_callbacks` → {"save": whether a checkpoint was due after the evaluation owed}.
     OWED = "fastdpo.EvaluationOwed"
+    #: The same → {"steps": of checkpoints that the run's strategy had not asked for}.
+    BESIDE = "fastdpo.SavedForAStop"
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
@@ -67,12 +71,12 @@ class StopSignals(TrainerCallback):
         self.step = 1
         self.updating = False
         self.saved_step: int | None = None
-        self._cut_short = False
+        self._stopped = self._cut_short = False
         self._previous: dict[int, Any] = {}
 
     def install(self) -> None:
         """Take over the signals; only the main thread may, elsewhere they keep their handlers."""
-        self.received, self.saved_step, self._cut_short = None, None, False
+        self.received, self.saved_step, self._stopped, self._cut_short = None, None, False, False
         self.training, self.updating, self.step = True, False, 1
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
@@ -107,6 +111,13 @@ class StopSignals(TrainerCallback):
         owed = state.stateful_callbacks.get(self.OWED)
         if control.should_evaluate or owed is not None:
             state.stateful_callbacks[self.OWED] = {"save": control.should_save or (owed is not None and owed["save"])}
+        beside = {*state.stateful_callbacks.get(self.BESIDE, {}).get("steps", ())}
+        if control.should_save:
+            beside.discard(state.global_step)
+        elif not self._stopped and self.saved_step != state.global_step:
+            beside.add(state.global_step)
+        self._stopped = True
+        state.stateful_callbacks[self.BESIDE] = {"steps": sorted(beside)}
         control.should_evaluate, control.should_save, control.should_training_stop = False, True, True
 
     def pay(self, state: TrainerState) -> bool | None:
@@ -114,6 +125,11 @@ class StopSignals(TrainerCallback):
         owed."""
         owed = state.stateful_callbacks.pop(self.OWED, None)
         return None if owed is None else bool(owed["save"])
+
+    def may_be_best(self, args: FastDPOConfig, state: TrainerState) -> bool:
+        """Whether the undisturbed run has a checkpoint of the best step; with save_strategy="best" always."""
+        beside = state.stateful_callbacks.get(self.BESIDE, {}).get("steps", ())
+        return args.save_strategy == SaveStrategy.BEST or state.best_global_step not in beside
 
     def on_train_begin(self, args: FastDPOConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.step = state.global_step + 1

@@ -2,8 +2,9 @@
 
 A rank that ends with an error leaves its message in the process group's store. The others find that out when their next
 collective fails, at the latest in the agreement on stop signals that follows each optimizer step and precedes each
-save, so that no checkpoint of the step is written. They wait for `GRACE` seconds for what the others leave in the
-store: one that leaves nothing was killed.
+save, so that no checkpoint of the step is written. The first of them calls the roll in the store, which a thread of
+each rank answers, whatever the rank itself waits for: one that has left no message and does not answer within `GRACE`
+seconds was killed.
 
 How long it takes until the collective fails is the backend's: with gloo the moment the other process is gone; with
 NCCL, and where a rank hangs without being gone, the option `ddp_timeout`. Under torchrun (and accelerate launch) all
@@ -12,11 +13,13 @@ ranks are ended by the launcher 30 s after the first one has ended, whatever the
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -29,8 +32,10 @@ from fastdpo.training.runs.start import branch_in
 
 logger = logging.getLogger(__name__)
 
-#: Seconds that a rank whose collective has failed waits for the others' messages.
+#: Seconds that a rank whose collective has failed waits for the others' answers.
 GRACE = 5.0
+#: Seconds between two looks whether the roll is called.
+_LOOK_EVERY = 0.5
 #: Of the calls of `train` in this process, which all ranks make alike.
 _calls = itertools.count()
 
@@ -71,48 +76,77 @@ class NamesStoppedRanks:
         self.ranks, self.step, self.output_dir = ranks, step, output_dir
 
     def __enter__(self) -> None:
-        self._call = next(_calls)
+        call = next(_calls)
+        if self.ranks.count == 1:
+            return
+        self._store = dist.PrefixStore(f"fastdpo/failures/{call}", _get_default_store())
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._answer, name="fastdpo roll call", daemon=True)
+        self._thread.start()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if error is None or self.ranks.count == 1:
+        if self.ranks.count == 1:
             return
-        own = None if _is_failed_collective(error) else f"{type(error).__name__}: {error}"
-        said = self._exchange(own)
-        if own is not None or (None not in said.values() and not any(said.values())):
-            return  # this rank's error, or one that all ranks have alike
-        message = self._describe(said)
-        # Now: a launcher that has seen the other rank end may end this process before anyone prints the exception
-        logger.error("%s", message)
-        raise RankStopped(message) from error
+        message = None if error is None else self._message(error)
+        self._left.set()
+        self._thread.join(_LOOK_EVERY)
+        if message is not None:
+            # Now: a launcher that has seen the other rank end may end this process before anyone prints the exception
+            logger.error("%s", message)
+            raise RankStopped(message) from error
 
-    def _exchange(self, own: str | None) -> dict[int, str | None]:
-        """Leave `own` error for the others. Returns theirs, where this rank has none: "" of one whose collective
-        failed, None of one that has left nothing."""
-        others = [rank for rank in range(self.ranks.count) if rank != self.ranks.index]
-        said: dict[int, str | None] = dict.fromkeys(others)
-        deadline = time.monotonic() + GRACE
+    def _answer(self) -> None:
+        """Answer the roll call, until this rank has left. A store that is gone ends it: nobody can call there."""
+        with contextlib.suppress(dist.DistError):
+            while not self._left.wait(_LOOK_EVERY):
+                if self._store.check(["roll"]):
+                    self._store.set(f"alive/{self.ranks.index}", "")
+                    return
+
+    def _message(self, error: BaseException) -> str | None:
+        """What another rank has done to this one; None for this rank's own error, which is left for the others, and for
+        one that all ranks have alike."""
         try:
-            store = dist.PrefixStore(f"fastdpo/failures/{self._call}", _get_default_store())
-            store.set(str(self.ranks.index), own or "")
-            while own is None and None in said.values() and time.monotonic() < deadline:
-                for rank in others:
-                    if said[rank] is None and store.check([str(rank)]):
-                        said[rank] = store.get(str(rank)).decode()
-                time.sleep(0.05)
+            if _is_failed_collective(error):
+                return self._verdict()
+            self._store.set(f"reason/{self.ranks.index}", f"{type(error).__name__}: {error}")
         except dist.DistError:
-            logger.warning("The ranks' store, which their launcher or rank 0 keeps, cannot be reached any more.")
-        return said
+            if _is_failed_collective(error):
+                return f"rank 0, or the launcher, has stopped {self._where}. {last_checkpoint(self.output_dir)}"
+        return None
 
-    def _describe(self, said: dict[int, str | None]) -> str:
-        failed = {rank: text for rank, text in said.items() if text}
-        where = f"in step {self.step()}"
-        if failed:
-            why = "; ".join(
-                f"rank {rank} of {self.ranks.count} stopped {where}: {text}" for rank, text in failed.items()
-            )
-            return f"{why} Start all ranks again."
-        silent = [rank for rank, text in said.items() if text is None]
-        names = f"rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))} of {self.ranks.count}"
+    def _verdict(self) -> str | None:
+        """Call the roll: who has stopped, and why. The first to know tells the others."""
+        self._store.set("roll", "")
+        self._store.set(f"alive/{self.ranks.index}", "")
+        others = [rank for rank in range(self.ranks.count) if rank != self.ranks.index]
+        reasons: dict[int, str] = {}
+        silent = set(others)
+        deadline = time.monotonic() + GRACE
+        while silent and time.monotonic() < deadline:
+            if self._store.check(["verdict"]):
+                return self._store.get("verdict").decode()
+            time.sleep(0.05)
+            for rank in others:
+                if rank not in reasons and self._store.check([f"reason/{rank}"]):
+                    reasons[rank] = self._store.get(f"reason/{rank}").decode()
+            silent -= {rank for rank in silent if rank in reasons or self._store.check([f"alive/{rank}"])}
+        if not (reasons or silent):
+            return None
+        verdict = self._describe(reasons, sorted(silent))
+        self._store.set("verdict", verdict)
+        return verdict
+
+    @property
+    def _where(self) -> str:
+        return f"in step {self.step()}"
+
+    def _describe(self, reasons: Mapping[int, str], silent: Sequence[int]) -> str:
+        count, where = self.ranks.count, self._where
+        if reasons:
+            stopped = (f"rank {rank} of {count} stopped {where}: {reason}" for rank, reason in reasons.items())
+            return f"{'; '.join(stopped)} Start all ranks again."
+        names = f"rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))} of {count}"
         again = last_checkpoint(self.output_dir)
         return f"{names} stopped {where} (killed, or its machine was lost). {again} Start all ranks again."
 

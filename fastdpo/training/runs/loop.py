@@ -6,7 +6,8 @@ a step             after it, with its checkpoint                         trains 
 an evaluation      at its next batch, with the checkpoint of its step    repeats all of it, then trains on
 after the last     before the best weights are loaded                    trains nothing, and ends as it would have
 
-the optimizer      by memory that runs out, without a checkpoint         starts from the last checkpoint
+What is no signal (memory that runs out in the optimizer, a rank that stops) ends it without a checkpoint, see
+`failures`; the resumed run starts from the last one.
 
 A run that has no step left, because it is finished or a callback has stopped it, takes none; transformers' would.
 """
@@ -59,10 +60,10 @@ class InterruptibleTrainer(Trainer):
 
     def _load_callback_state(self) -> None:
         """As transformers', which would warn of what is no callback's state."""
-        owed = self.state.stateful_callbacks.pop(StopSignals.OWED, None)
+        kept = {StopSignals.OWED, StopSignals.BESIDE} & self.state.stateful_callbacks.keys()
+        own = {name: self.state.stateful_callbacks.pop(name) for name in kept}
         super()._load_callback_state()
-        if owed is not None:
-            self.state.stateful_callbacks[StopSignals.OWED] = owed
+        self.state.stateful_callbacks |= own
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         """As transformers', which would go on at the intervals of logs, evaluations and saves of the checkpoint."""
@@ -158,6 +159,7 @@ class InterruptibleTrainer(Trainer):
         """Leave `train`, once the last step that it has taken is saved."""
         step = self.state.global_step
         if self._has_trained() and self.stop_signals.saved_step != step:
+            self.stop_signals.stop(self.state, self.control)
             self._save_checkpoint(self.model_wrapped, trial)
         self.callback_handler.on_train_end(self.args, self.state, self.control)
         saved = str(Path(self._get_output_dir(trial)) / f"checkpoint-{step}") if self._has_trained() else None

@@ -1,4 +1,4 @@
-"""What a run can do without costs it nothing: the adapter is there first, and what fails is a warning with its cause."""
+"""What a run can do without costs it nothing: the adapter is there first, and what fails is a warning."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
@@ -12,10 +13,14 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from launched import WORKER, on_two_ranks
+import torch.distributed as dist
+from launched import WORKER, Forks, on_two_ranks
 from transformers import EarlyStoppingCallback, TrainerCallback
 from worker import Event, state
 
+from fastdpo.commands import cli
+from fastdpo.training.ranks import Ranks
+from fastdpo.training.runs import failures
 from fastdpo.training.runs.callbacks import TrainingInterrupted
 from fastdpo.training.runs.checkpoint import checkpoints
 from fastdpo.training.runs.failures import OptimizerOutOfMemory
@@ -103,14 +108,26 @@ SIX = [("step", 2), ("evaluation", 4), ("step", 6), ("evaluation", 6)]
 #: Options, and where the run is stopped. Margins grow, so with the lowest as the best the first evaluation is the best.
 EVALUATED: dict[str, tuple[dict[str, Any], list[tuple[str, int]]]] = {
     "save the best": (EVERY_TWO | BEST | {"save_strategy": "best"}, SIX),
-    "load the best": (EVERY_TWO | BEST | {"load_best_model_at_end": True, "save_total_limit": 1}, SIX),
-    "plateau": (
-        EVERY_TWO
-        | {"save_steps": 3, "lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0}}
-        | BEST,
+    "load the best": (
+        EVERY_TWO | BEST | {"greater_is_better": True, "load_best_model_at_end": True, "save_total_limit": 1},
         SIX,
     ),
+    "plateau": (
+        EVERY_TWO
+        | {
+            "eval_on_start": True,
+            "save_steps": 3,
+            "lr_scheduler_type": "reduce_lr_on_plateau",
+            "lr_scheduler_kwargs": {"patience": 0},
+        }
+        | BEST,
+        [("evaluation", 0), *SIX],
+    ),
     "early stop": (EVERY_TWO | BEST | {"load_best_model_at_end": True}, [("step", 2), ("evaluation", 4), ("step", 6)]),
+    "saves less often": (
+        EVERY_TWO | BEST | {"eval_steps": 1, "load_best_model_at_end": True},
+        [("step", 1), ("evaluation", 3)],
+    ),
     "two sets, at the end of an epoch": (
         {"eval_strategy": "epoch", "save_strategy": "epoch"},
         [("step", 3), ("evaluation", 3), ("step", 4), ("evaluation", 6)],
@@ -122,7 +139,7 @@ EVALUATED: dict[str, tuple[dict[str, Any], list[tuple[str, int]]]] = {
 def test_a_run_stopped_at_its_evaluations_evaluates_when_it_is_resumed(name: str, tmp_path: Path) -> None:
     """With dropout on: an evaluation that is repeated must not move the random state."""
     options, stops = EVALUATED[name]
-    stops, starts = list(stops), 1
+    stops = list(stops)
     evaluated: Any = tiny.pairs(6, seed=9)
     batches = 3
     if "two sets" in name:
@@ -148,10 +165,9 @@ def test_a_run_stopped_at_its_evaluations_evaluates_when_it_is_resumed(name: str
         trainer = made(tmp_path / "stopped")
         planned = len(stops)
         try:
-            trainer.train(resume_from_checkpoint=starts > 1)
+            trainer.train(resume_from_checkpoint=bool(checkpoints(tmp_path / "stopped")))
             break
         except TrainingInterrupted:
-            starts += 1
             assert len(stops) == planned - 1
     assert stops == ([("step", 6)] if name == "early stop" else [])
     assert trainer.state.global_step == (4 if name == "early stop" else 6)
@@ -204,3 +220,48 @@ def test_a_rank_that_stops_is_named_by_the_other_and_the_run_goes_on_from_its_ch
     expected, found = (torch.load(tmp_path / f"{name}.pt")["state"] for name in ("straight", "run"))
     for name, value in expected.items():
         assert torch.equal(value, found[name]), name
+
+
+def test_a_rank_that_only_waits_is_not_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0's collective fails, rank 3 still waits in its own, ranks 1 and 2 are gone. What rank 0 has found out, rank
+    3 says too, without a roll call of its own in step 10."""
+    store = dist.HashStore()
+    monkeypatch.setattr(failures, "_get_default_store", lambda: store)
+    monkeypatch.setattr(failures, "_calls", itertools.repeat(0))
+    monkeypatch.setattr(failures, "GRACE", 2.0)
+    first, last = (
+        failures.NamesStoppedRanks(Ranks(rank, 4, torch.device("cpu")), lambda step=7 + rank: step, str(tmp_path))
+        for rank in (0, 3)
+    )
+    verdict = r"^ranks 1, 2 of 4 stopped in step 7 \(killed.*No checkpoint had been saved yet: start again. Start all"
+    closed = dist.DistBackendError("connection closed")
+    last.__enter__()
+    with pytest.raises(failures.RankStopped, match=verdict), first:
+        raise closed
+    with pytest.raises(failures.RankStopped, match=verdict):
+        last.__exit__(type(closed), closed, None)
+
+
+def test_a_signal_in_the_tokenisation_ends_the_process_and_leaves_nothing(tmp_path: Path) -> None:
+    forks = Forks()
+    job = {"folder": str(tmp_path / "run"), "options": OPTIONS, "event": "sigterm in the tokenisation"}
+    code, stderr = forks.run(job, tmp_path / "stderr")
+    forks.close()
+    assert code == -signal.SIGTERM, stderr[-2000:]
+    assert checkpoints(tmp_path / "run") == []
+    tiny.trainer(tmp_path / "run", **(OPTIONS | {"max_steps": 1})).train()
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize(("error", "printed"), [(OptimizerOutOfMemory, True), (failures.RankStopped, False)])
+def test_the_command_line_ends_with_1(
+    error: type[RuntimeError], printed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a line of its own, unless the trainer has said it where a launcher could not cut it off."""
+
+    def fails(_: list[str]) -> int:
+        raise error("rank 1 of 2 stopped")
+
+    monkeypatch.setitem(cli.COMMANDS, "info", fails)
+    assert cli.main(["info"]) == 1
+    assert ("rank 1 of 2 stopped" in capsys.readouterr().err) is printed
