@@ -5,8 +5,8 @@ counts is what changes the disk: names made, moved and removed, files opened to 
 system (Python's buffers lie above it), and the files that libraries write from Rust or C++. A flush to the disk is
 counted and not done, as a kill keeps what the kernel holds.
 
-A watch that kills nothing also proves that it sees everything (`unseen`): an audit hook hears of every opening, renaming
-and removing of Python's, and between two operations nothing may have changed on the disk.
+A watch that kills nothing also proves that it sees everything (`unseen`): an audit hook hears of every opening,
+renaming and removing of Python's, and between two operations nothing may have changed on the disk.
 """
 
 from __future__ import annotations
@@ -221,10 +221,10 @@ class Watch:
             with self.operation("write", name, len(view)) as torn:
                 return real_write(fd, view[: len(view) // 2] if torn else view)
 
-        def sendfile(out_fd: int, in_fd: int, offset: Any, count: int, *rest: Any) -> int:
-            if (name := self.inside(out_fd)) is None:
+        def sendfile(out_fd: int, in_fd: int, offset: int, count: int, *rest: Any) -> int:
+            size = min(count, os.fstat(in_fd).st_size - offset)
+            if (name := self.inside(out_fd)) is None or size <= 0:  # shutil asks until there is no more
                 return real_sendfile(out_fd, in_fd, offset, count, *rest)
-            size = min(count, os.fstat(in_fd).st_size)
             with self.operation("write", name, size) as torn:
                 return real_sendfile(out_fd, in_fd, offset, size // 2 if torn else count, *rest)
 

@@ -1,7 +1,7 @@
 """Tiny runs for `kills.py`, each in processes forked from one that has imported everything, and what they leave.
 
-A run is what `fastdpo train` does: train, save the weights, evaluate, save the rest. A restart is what a person does after a
-kill: `resume_from_checkpoint="last"` where the folder holds a checkpoint, the same call without any flag elsewhere.
+A run is what `fastdpo train` does: train, save the weights, evaluate, save the rest. A restart is what a person does
+after a kill: `resume_from_checkpoint="last"` where the folder holds a checkpoint, the same call without any flag else.
 Nothing here knows how a run writes its folder, beyond the names of checkpoint-N, trainer_state.json and metrics.json.
 """
 
@@ -13,7 +13,6 @@ import re
 import shutil
 import signal
 import socket
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -164,7 +163,6 @@ def _in_child(work: Callable[[], None], stderr: Path) -> None:
         signal.alarm(HANGS)
         for number, path in ((0, os.devnull), (1, os.devnull), (2, stderr)):
             os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
-        sys.stderr = open(2, "w", buffering=1, closefd=False)
         work()
         code = 0
     except BaseException:
@@ -210,7 +208,7 @@ def _work(
         operations, unseen = watch.finish()
         (notes / f"watch-{rank}").write_text(json.dumps([[asdict(each) for each in operations], unseen]))
     if rank == 0:
-        told = {"log": untimed(trainer.state.log_history), "steps trained": steps.count}
+        told = {"log": dict(_values(untimed(trainer.state.log_history))), "steps trained": steps.count}
         told |= {name: getattr(trainer.state, name) for name in ("global_step", "best_global_step", "best_metric")}
         (notes / "facts").write_text(json.dumps(told))
     if dist.is_initialized():
@@ -243,6 +241,7 @@ def left(place: Path) -> dict[str, Any]:
     files = place / "files"
     found: dict[str, Any] = {str(path.relative_to(files)): None for path in files.rglob("*")}
     folder = files / "run"
+    found["the last checkpoint"] = published(folder)[-1] if published(folder) else None
     last = folder / f"checkpoint-{published(folder)[-1]}" if published(folder) else None
     for path in sorted(folder.iterdir()) + (sorted(last.iterdir()) if last else []):
         name = str(path.relative_to(files))
@@ -255,9 +254,8 @@ def left(place: Path) -> dict[str, Any]:
             found[name] = dict(_values(state | {"log_history": untimed(state["log_history"])}))
         elif path.name == "metrics.json":
             found[name] = dict(_values(untimed(json.loads(path.read_text())["log"])))
-    for name in list(found):
-        if name.endswith("reference_logps.safetensors"):
-            found[name] = dict(_values(load_file(files / name)))
+    for path in files.glob("references/*.safetensors"):
+        found[str(path.relative_to(files))] = dict(_values(load_file(path)))
     return found
 
 
@@ -280,17 +278,23 @@ def _values(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """What differs between what two runs left, or between their facts; in words, by file."""
-    said = [f"{name} is left over" for name in sorted(found.keys() - expected.keys())]
-    said += [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
+    said = []
     for name in sorted(expected.keys() & found.keys()):
         ours, theirs = expected[name], found[name]
         if ours == theirs:
             continue
         if not isinstance(ours, dict) or not isinstance(theirs, dict):
-            said.append(f"{name}: {theirs!r} and not {ours!r}"[:200])
+            if not isinstance(ours, dict) and not isinstance(
+                theirs, dict
+            ):  # a file is read in the last checkpoint only
+                said.append(f"{name}: {theirs!r} and not {ours!r}")
             continue
         other = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
-        said.append(f"{name}: {len(other)} of {len(ours)} values differ, the first {other[0]}{_gap(ours, theirs, other)}")
+        said.append(
+            f"{name}: {len(other)} of {len(ours)} values differ, the first {other[0]}{_gap(ours, theirs, other)}"
+        )
+    for word, names in (("left over", found.keys() - expected.keys()), ("missing", expected.keys() - found.keys())):
+        said += [f"{name} is {word}" for name in sorted(names) if os.path.dirname(name) not in names]
     return said
 
 

@@ -5,6 +5,7 @@ They use what a trainer has in any case, so that they stay defects however it wr
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -49,7 +50,7 @@ def leftover(trainer: Any) -> None:
     save = trainer.save_run
 
     def saved(*arguments: Any, **named: Any) -> Any:
-        mark = Path(trainer.args.output_dir) / f"mark-{trainer.state.global_step}-{id(trainer)}"
+        mark = Path(trainer.args.output_dir) / f"mark-{os.getpid()}"
         mark.mkdir()
         written = save(*arguments, **named)
         mark.rmdir()

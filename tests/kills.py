@@ -5,29 +5,22 @@ python tests/kills.py --points 40         as many, drawn by --seed, spread over 
 python tests/kills.py --scenario lazy --list          number and name every operation
 python tests/kills.py --only "lazy:0:17:torn" --keep  one point again, and its folder kept
 
-A scenario runs once undisturbed under a watch (`file_operations.py`), which gives its operations and what it must leave.
-Then, for each: a fresh run is killed there, restarted, and must leave the same files, tensors, log and best step, having
-trained what the checkpoint it found lacks and nothing more. A kill between two operations finds the disk as the first
-one left it, so "after" is tried for the last one and for renames only, and those that change nothing are left out.
-Exit status 1 where a point fails, or where the watch has not seen all.
+A scenario runs once undisturbed under a watch (`file_operations.py`), which gives its operations and what it must
+leave. Then, for each: a fresh run is killed there, restarted, and must leave the same files, tensors, log and best
+step, having trained what the checkpoint it found lacks and nothing more. A kill between two operations finds the disk
+as the first one left it, so "after" is tried for the last one and for renames only, and operations that change nothing
+are left out. Exit status 1 where a point fails, or where the watch has not seen all. The environment (one thread, no
+hub) is the Makefile's, or conftest.py's.
 """
 
 from __future__ import annotations
 
-import os
-
-# Before torch and the tokenizers are imported
-for _name, _value in {
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}.items():
-    os.environ.setdefault(_name, _value)
-
 import argparse
+import contextlib
+import io
 import multiprocessing
 import random
+import re
 import shutil
 import signal
 import sys
@@ -158,10 +151,11 @@ def warm_up(place: Path) -> None:
 
     torch.set_num_threads(1)
     tqdm.monitor_interval = 0  # its thread would not survive a fork, its locks might
-    trainer = tiny.trainer(place / "warm-up", data=tiny.pairs(8), max_steps=1, save_strategy="steps", save_steps=1)
-    trainer.train()
-    trainer.save_model()
-    trainer.save_run({})
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer = tiny.trainer(place / "warm-up", data=tiny.pairs(8), max_steps=1, save_strategy="steps", save_steps=1)
+        trainer.train()
+        trainer.save_model()
+        trainer.save_run({})
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
@@ -172,6 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--points", type=int, help="how many, drawn by --seed; all by default")
     parser.add_argument("--seed", type=int, default=11)
     parser.add_argument("--only", action="append", help="scenario:rank:number:when, as failures are listed")
+    parser.add_argument("--matching", help='points whose line holds this text: "torn write run/metrics.json"')
     parser.add_argument("--list", action="store_true", help="the operations, and nothing is killed")
     parser.add_argument("--keep", action="store_true", help="keep the folders")
     parser.add_argument("--workers", type=int, default=2, help="runs at once")
@@ -196,7 +191,9 @@ class Command:
     def run(self) -> int:
         """The exit status."""
         only = self.args.only or []
-        names = self.args.scenario or [name for name in SCENARIOS if not only or name in {o.split(":")[0] for o in only}]
+        names = self.args.scenario or [
+            name for name in SCENARIOS if not only or name in {o.split(":")[0] for o in only}
+        ]
         warm_up(self.campaign.place)
         with multiprocessing.get_context("fork").Pool(self.args.workers) as pool:
             self.campaign.expected = dict(zip(names, pool.map(self.campaign.undisturbed, names), strict=True))
@@ -212,14 +209,15 @@ class Command:
         points = {name: self.campaign.points(name) for name in names if self.campaign.expected[name].operations}
         counts = ", ".join(f"{name} {len(each)}" for name, each in points.items())
         chosen = [point for each in points.values() for point in each]
+        if self.args.matching:
+            chosen = [point for point in chosen if self.args.matching in str(point)]
         if only:
             chosen = [point for point in chosen if str(point).split("  ")[0] in only]
         elif self.args.points is not None:
             chosen = drawn(points, self.args.points, self.args.seed)
         self.say(f"points: {counts}; {len(chosen)} of them are tried")
         failed = self.tried(chosen)
-        for point, said in failed:
-            self.say(str(point), *(f"    {each}" for each in said))
+        self.say_grouped(failed)
         self.say(f"{len(chosen) - len(failed)} of {len(chosen)} resume to the bit ({self.seconds():.0f} s)")
         return 1 if failed or wrong or not chosen else 0
 
@@ -234,6 +232,15 @@ class Command:
                 if done % 50 == 0:
                     self.say(f"{done} of {len(points)}, {len(failed)} failed, {self.seconds():.0f} s")
         return sorted(failed, key=lambda each: points.index(each[0]))
+
+    def say_grouped(self, failed: list[tuple[Point, list[str]]]) -> None:
+        """Points that fail alike under one heading, which says how the first of them does."""
+        groups = defaultdict(list)
+        for point, said in failed:
+            groups[re.sub(r"\d+|/\S*", "", said[0])].append((point, said))
+        for alike in sorted(groups.values(), key=len, reverse=True):
+            self.say(f"{len(alike)} fail alike, the first with", *(f"    {each}" for each in alike[0][1][:8]))
+            self.say(*(f"  {point}" for point, _ in alike))
 
     def seconds(self) -> float:
         """Since the start."""
