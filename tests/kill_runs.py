@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from file_operations import Kill, Operation, Watch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -243,20 +245,26 @@ def left(place: Path) -> dict[str, Any]:
     folder = files / "run"
     found["the last checkpoint"] = published(folder)[-1] if published(folder) else None
     last = folder / f"checkpoint-{published(folder)[-1]}" if published(folder) else None
-    for path in sorted(folder.iterdir()) + (sorted(last.iterdir()) if last else []):
-        name = str(path.relative_to(files))
-        if path.suffix == ".safetensors":
-            found[name] = dict(_values(load_file(path)))
-        elif path.suffix in (".pt", ".pth") or path.name in ("adapter_model.bin", "pytorch_model.bin"):
-            found[name] = dict(_values(torch.load(path, weights_only=False)))
-        elif path.name == "trainer_state.json":
-            state = json.loads(path.read_text().replace(str(place), ""))
-            found[name] = dict(_values(state | {"log_history": untimed(state["log_history"])}))
-        elif path.name == "metrics.json":
-            found[name] = dict(_values(untimed(json.loads(path.read_text())["log"])))
-    for path in files.glob("references/*.safetensors"):
-        found[str(path.relative_to(files))] = dict(_values(load_file(path)))
+    paths = [*folder.iterdir(), *(last.iterdir() if last else ()), *files.glob("references/*")]
+    for path in sorted(paths):
+        try:
+            values = _read(path, str(place))
+        except (ValueError, RuntimeError, EOFError, SafetensorError, UnpicklingError) as error:
+            values = {"unreadable": str(error)}
+        found[str(path.relative_to(files))] = None if values is None else dict(_values(values))
     return found
+
+
+def _read(path: Path, place: str) -> Any:
+    """What of a file must be the same after a resume; None for other files."""
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    if path.suffix in (".pt", ".pth") or path.name in ("adapter_model.bin", "pytorch_model.bin"):
+        return torch.load(path, weights_only=False)
+    if path.name == "trainer_state.json":
+        state = json.loads(path.read_text().replace(place, ""))
+        return state | {"log_history": untimed(state["log_history"])}
+    return untimed(json.loads(path.read_text())["log"]) if path.name == "metrics.json" else None
 
 
 def _values(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
 
 
 def in_place(trainer: Any) -> None:
@@ -31,22 +30,22 @@ def in_place(trainer: Any) -> None:
     trainer._save_checkpoint = saved
 
 
-class _OneBit(TrainerCallback):
-    """Moves one weight to its neighbour among the floats, in a run that is resumed."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if state.global_step:
-            weight = next(each for each in model.parameters() if each.requires_grad).data.view(-1)
-            weight[0] = torch.nextafter(weight[0], torch.tensor(torch.inf))
-
-
 def one_bit(trainer: Any) -> None:
-    """A resume that differs by one bit of one weight."""
-    trainer.add_callback(_OneBit())
+    """One weight that is its neighbour among the floats, where the run was resumed."""
+    train = trainer.train
+
+    def trained(resume_from_checkpoint: Any = None, **named: Any) -> Any:
+        result = train(resume_from_checkpoint=resume_from_checkpoint, **named)
+        if resume_from_checkpoint:
+            weight = next(each for each in trainer.model.parameters() if each.requires_grad).data.view(-1)
+            weight[0] = torch.nextafter(weight[0], torch.tensor(torch.inf))
+        return result
+
+    trainer.train = trained
 
 
 def leftover(trainer: Any) -> None:
-    """A name that only a run that was killed leaves: a mark made before the weights are saved, gone after."""
+    """A name that only a run that was killed leaves: a mark made before the last files are written, gone after."""
     save = trainer.save_run
 
     def saved(*arguments: Any, **named: Any) -> Any:

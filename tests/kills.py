@@ -123,15 +123,14 @@ class Campaign:
 
 
 def drawn(points: dict[str, list[Point]], count: int, seed: int) -> list[Point]:
-    """`count` of them: a tenth of two ranks', which are slow, as many of each other scenario; kinds in turn."""
+    """`count` of them: a tenth of two ranks', which are slow, as many of each other scenario; kinds in turn, each at a
+    random place."""
     rng, chosen = random.Random(seed), []
-    slow = [name for name in points if SCENARIOS[name].ranks > 1]
-    shares = {name: max(1, count // 10) for name in slow} if len(slow) < len(points) else {}
-    rest = [name for name in points if name not in shares]
-    for index, name in enumerate(rest):
-        shares[name] = (count - sum(shares[each] for each in slow if each in shares)) * (index + 1) // len(rest) - (
-            (count - sum(shares[each] for each in slow if each in shares)) * index // len(rest)
-        )
+    slow = [name for name in points if SCENARIOS[name].ranks > 1] if len(points) > 1 else []
+    shares = {name: max(1, count // 10) for name in slow}
+    quick = [name for name in points if name not in slow]
+    left_over = max(0, count - sum(shares.values()))
+    shares |= {name: (left_over + index) // len(quick) for index, name in enumerate(quick)}
     for name, share in shares.items():
         kinds = defaultdict(list)
         for point in points[name]:
@@ -140,7 +139,7 @@ def drawn(points: dict[str, list[Point]], count: int, seed: int) -> list[Point]:
         rng.shuffle(queues)
         for queue in queues:
             rng.shuffle(queue)
-        turns = [queue[turn] for turn in range(max(map(len, queues))) for queue in queues if turn < len(queue)]
+        turns = [queue[turn] for turn in range(len(points[name])) for queue in queues if turn < len(queue)]
         chosen += turns[:share]
     return chosen
 
@@ -208,12 +207,14 @@ class Command:
             return 1 if wrong else 0
         points = {name: self.campaign.points(name) for name in names if self.campaign.expected[name].operations}
         counts = ", ".join(f"{name} {len(each)}" for name, each in points.items())
-        chosen = [point for each in points.values() for point in each]
-        if self.args.matching:
-            chosen = [point for point in chosen if self.args.matching in str(point)]
         if only:
-            chosen = [point for point in chosen if str(point).split("  ")[0] in only]
-        elif self.args.points is not None:
+            points = {
+                name: [each for each in some if str(each).split("  ")[0] in only] for name, some in points.items()
+            }
+        if text := self.args.matching:
+            points = {name: [each for each in some if text in str(each)] for name, some in points.items()}
+        chosen = [point for each in points.values() for point in each]
+        if self.args.points is not None:
             chosen = drawn(points, self.args.points, self.args.seed)
         self.say(f"points: {counts}; {len(chosen)} of them are tried")
         failed = self.tried(chosen)
