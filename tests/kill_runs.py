@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from fastdpo.training.reference import store
+from fastdpo.training.reference import REFERENCE_CACHE_FILE, store
 
 #: Seconds after which a process that has not ended counts as hanging; a run takes about one.
 HANGS = 120
@@ -257,6 +257,9 @@ def left(place: Path) -> dict[str, Any]:
 
 def _read(path: Path, place: str) -> Any:
     """What of a file must be the same after a resume; None for other files."""
+    if path.name == REFERENCE_CACHE_FILE:
+        kept = load_file(path)
+        return {key.numpy().tobytes().hex(): logps for key, logps in zip(kept["keys"], kept["logps"], strict=True)}
     if path.suffix == ".safetensors":
         return load_file(path)
     if path.suffix in (".pt", ".pth") or path.name in ("adapter_model.bin", "pytorch_model.bin"):
@@ -289,6 +292,8 @@ def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
     said = []
     for name in sorted(expected.keys() & found.keys()):
         ours, theirs = expected[name], found[name]
+        if name.endswith(REFERENCE_CACHE_FILE) and "unreadable" not in theirs:  # it may hold less, but nothing else
+            ours = {key: value for key, value in ours.items() if key in theirs}
         if ours == theirs:
             continue
         if not isinstance(ours, dict) or not isinstance(theirs, dict):

@@ -119,7 +119,16 @@ class Campaign:
         if any(again.codes):
             return [*cut.late, f"the restart ended with {again.codes}: {again.errors}"]
         facts = expected.facts | {"steps trained": expected.facts["global_step"] - (steps[-1] if steps else 0)}
+        if point.when == "after" and point.number == self._last(point):  # the run had ended, whatever it has kept
+            facts["steps trained"] = 0
         return cut.late + differences(facts, again.facts) + differences(expected.files, left(place))
+
+    def _last(self, point: Point) -> int:
+        """The number of the last operation that changes something, of the point's rank; of rank 0 the run's last."""
+        if point.rank:
+            return -1
+        operations = self.expected[point.scenario].operations[0]
+        return max(number for number, each in enumerate(operations) if each.changed)
 
 
 def drawn(points: dict[str, list[Point]], count: int, seed: int) -> list[Point]:
