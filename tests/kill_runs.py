@@ -54,9 +54,12 @@ class Scenario:
 
 SCENARIOS = {
     "lazy": Scenario({"max_steps": 4, "save_total_limit": 1}),
-    "precompute": Scenario({"max_steps": 4, "reference": "precompute"}, short_rounds=True, apart=True),
-    "dynamic beta": Scenario(  # two epochs, so that references that were kept are met again
-        {"num_train_epochs": 2, "dynamic_beta": True, "keep_ratio": 0.7, "micro_batch_tokens": "90"}
+    # Two epochs, so that references that were kept are met again; with 120 tokens at once, to which their last bit is due
+    "dynamic beta": Scenario(
+        {"num_train_epochs": 2, "dynamic_beta": True, "keep_ratio": 0.7, "micro_batch_tokens": "120"}
+    ),
+    "precompute": Scenario(
+        {"max_steps": 4, "reference": "precompute", "micro_batch_tokens": "120"}, short_rounds=True, apart=True
     ),
     "best model": Scenario(
         {
