@@ -1,6 +1,7 @@
 # make demo   align a small model on this machine       make test   run the tests
 # make lint   format, rules, types                       make dist   build wheel and sdist
 # make test-floor   tests with the oldest triton and transformers that are supported (requirements/floor.txt)
+# make test-kills   kill runs at each of their file operations, resume, compare to the bit (about 15 minutes)
 # make bench  ratios of time and memory against the peers (about 7 minutes)
 # make gpu-kit    gather what a card's machine without a network lacks (PYTHON_VERSION=3.12); then there: bash gpu/prove.sh
 # make test-gpu, make bench-gpu  the tests and the stages of benchmarks.gpu, on this machine's card; without one "Error 3"
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 PYTHON_VERSION ?= 3.12
 ARGS ?=
 
-.PHONY: demo test test-floor bench gpu-kit test-gpu bench-gpu lint format dist clean
+.PHONY: demo test test-floor test-kills bench gpu-kit test-gpu bench-gpu lint format dist clean
 
 demo: $(VENV)/.run
 	$(BIN)/fastdpo demo --overwrite_output_dir $(ARGS)
@@ -28,6 +29,9 @@ FLOOR_TESTS ?= tests/device_kernels tests/formulas/test_rng.py tests/ops/test_se
   $(patsubst %,tests/training/%.py,scoring/test_scoring models/test_quantized test_trl_trainer) tests/commands/test_cli.py
 test-floor: $(VENV)/.floor
 	FASTDPO_TEST_FLOOR=$(FLOOR) PYTHONPATH=$(FLOOR) $(BIN)/python -m pytest $(FLOOR_TESTS) $(ARGS)
+
+test-kills: $(VENV)/.dev
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tests/kills.py $(ARGS)
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks $(ARGS)
