@@ -295,7 +295,8 @@ def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
     said = []
     for name in sorted(expected.keys() & found.keys()):
         ours, theirs = expected[name], found[name]
-        if name.endswith(REFERENCE_CACHE_FILE) and "unreadable" not in theirs:  # it may hold less, but nothing else
+        readable = isinstance(ours, dict) and isinstance(theirs, dict) and "unreadable" not in theirs
+        if name.endswith(REFERENCE_CACHE_FILE) and readable:  # it may hold less, but nothing else
             ours = {key: value for key, value in ours.items() if key in theirs}
         if ours == theirs:
             continue

@@ -373,6 +373,8 @@ def _taken_over(beat: Path, own: _Record, undo: contextlib.ExitStack) -> int:
 
 def _refuse_heartbeat(beat: Path) -> bool:
     """_Refused while the holder of a heartbeat lives; else whether there is a dead one's."""
+    if not os.path.lexists(beat):
+        return False
     # The clock of the file system, since hosts' differ; read first, so that a pause in between makes nobody older
     with tempfile.NamedTemporaryFile(dir=beat.parent, prefix=f"{beat.name}.") as clock:
         now = os.fstat(clock.fileno()).st_mtime
