@@ -54,7 +54,7 @@ class Scenario:
 
 SCENARIOS = {
     "lazy": Scenario({"max_steps": 4, "save_total_limit": 1}),
-    # Two epochs, so that references that were kept are met again; with 120 tokens at once, to which their last bit is due
+    # Two epochs, so that kept references are met again; 120 tokens at once, to which their last bit is due
     "dynamic beta": Scenario(
         {"num_train_epochs": 2, "dynamic_beta": True, "keep_ratio": 0.7, "micro_batch_tokens": "120"}
     ),

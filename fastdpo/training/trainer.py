@@ -273,6 +273,7 @@ class FastDPOTrainer(InterruptibleTrainer):
             saving.check(self._identity(), resume)
             self.parts.references.load(resume)
             result = super().train(resume_from_checkpoint=resume, **kwargs)
+            saving.rotate(self.state.best_model_checkpoint)  # a kill may have come before it did
             self.parts.references.save()
         return result
 

@@ -54,8 +54,8 @@ class RunFolder:
                 try:
                     yield
                 finally:
-                    if outer is None and self.list is not None and _is_empty(self._aside):
-                        self._aside.rmdir()
+                    if outer is None and self.list is not None:
+                        self._leave_aside()
         finally:
             self._lock = outer
             if made and _is_empty(self.path):
@@ -235,6 +235,7 @@ class RunFolder:
                 logger.warning("%s was changed since the run wrote it, and stays", self.path / name)
             del self._run.files[name]
         self._run.write(self.path)
+        self._leave_aside()
 
     def recover(self) -> bool:
         """Finish what a killed process had begun, and remove what it has left aside. Call it under the lock. Returns
@@ -261,6 +262,10 @@ class RunFolder:
     def _check_lock(self) -> None:
         assert self._lock is not None, "the folder is not held"
         self._lock.check()
+
+    def _leave_aside(self) -> None:
+        if _is_empty(self._aside):
+            self._aside.rmdir()
 
     @property
     def _aside(self) -> Path:
