@@ -56,11 +56,10 @@ def run(
     folder, ranks = RunFolder(args.output_dir), Ranks(args.process_index, args.world_size, args.device)
     with held_by_first(folder, ranks, args.should_save):
         # Before anything is read or changed; the trainer looks again when it takes the folder over
-        ranks.by_first(
-            lambda: begin_start(
-                folder, args.resume_from_checkpoint, overwrite=args.overwrite_output_dir, sources=sources
-            )
-        )
+        def check() -> None:
+            begin_start(folder, args.resume_from_checkpoint, overwrite=args.overwrite_output_dir, sources=sources)
+
+        ranks.by_first(check if args.should_save else None)
         train_dataset, eval_dataset = load_datasets(data_config)
         tokenizer = load_tokenizer(model_config)
         trainer = FastDPOTrainer(
@@ -84,7 +83,7 @@ def _train(trainer: FastDPOTrainer, console: Console, options: dict[str, Any], *
     results = dict(trainer.train().metrics)
     if not results:  # the run that was resumed had taken its last step
         results = metrics_of(Path(folder))
-        if trainer.parts.checkpoints.is_complete():
+        if trainer.parts.checkpoints.is_complete(trainer.state.global_step):
             if main_process:
                 console.print(f"{folder} holds the finished run, whole; nothing was changed", highlight=False)
             return results

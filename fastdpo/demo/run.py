@@ -78,11 +78,11 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
     _quieten()
     folder = RunFolder(config.output_dir)
     with folder.held():
-        begin_start(folder, config.resume_from_checkpoint, overwrite=config.overwrite_output_dir)
-        return _run(config, console, started)
+        start = begin_start(folder, config.resume_from_checkpoint, overwrite=config.overwrite_output_dir)
+        return _run(config, console, started, None if start.resume is None else str(start.resume))
 
 
-def _run(config: DemoConfig, console: Console, started: float) -> dict[str, Any]:
+def _run(config: DemoConfig, console: Console, started: float, resume: str | None) -> dict[str, Any]:
     console.print("[bold]1.[/bold] preparing SmolLM2-135M-Instruct")
     model_config = demo_model(config)
     tokenizer = load_tokenizer(model_config)
@@ -101,14 +101,13 @@ def _run(config: DemoConfig, console: Console, started: float) -> dict[str, Any]
     console.print(f"[bold]3.[/bold] training pairs: {trainer.tokenization['train'].summary()}")
     console.print(f"   evaluation pairs: {trainer.tokenization['eval'].summary()}")
     before = take_snapshot(trainer, DATA / "eval.meta.jsonl")
-    resume = trainer.parts.checkpoints.claim(config.resume_from_checkpoint)
     count = _choose_pairs(config, trainer, before, started, resume)
     available = len(trainer.train_dataset)
     note = "" if count == available else "; --pairs all takes every one"
     console.print(f"[bold]4.[/bold] β-DPO on {count} of {available} pairs, {config.pairs_per_step} per step{note}")
     trainer.train_dataset = trainer.train_dataset.select(range(count))
     training = trainer.train(resume_from_checkpoint=resume)
-    if not training.metrics and trainer.parts.checkpoints.is_complete():
+    if not training.metrics and trainer.parts.checkpoints.is_complete(trainer.state.global_step):
         console.print(f"{config.output_dir} holds the finished run, whole; nothing was changed")
         return metrics_of(Path(config.output_dir))
     trainer.save_model()
@@ -118,7 +117,7 @@ def _run(config: DemoConfig, console: Console, started: float) -> dict[str, Any]
     results = results_of(before, after, words, count, training.metrics)
     files = trainer.save_run(results, {"model_name_or_path": model_config.model_name_or_path, "load_in_4bit": True})
     results["seconds"] = time.time() - started
-    _add_total_time(trainer, results)
+    _add_total_time(trainer, files, results)
     print_report(console, before, after, results)
     saved = ", ".join(path.name for path in files)
     console.print(f"saved in {config.output_dir}: adapter_model.safetensors, tokenizer, {saved}")
@@ -194,6 +193,7 @@ def _choose_pairs(
     else:
         count = available if config.pairs == "all" else int(config.pairs)
     count = min(count, available)
+    trainer.parts.checkpoints.claim(False)
     folder.put(PLAN_FILE, json.dumps({"pairs": count}).encode())
     return count
 
@@ -210,8 +210,8 @@ def _time_training(trainer: FastDPOTrainer) -> float:
     return seconds
 
 
-def _add_total_time(trainer: FastDPOTrainer, results: dict[str, Any]) -> None:
-    path = Path(trainer.args.output_dir) / METRICS_FILE
+def _add_total_time(trainer: FastDPOTrainer, files: list[Path], results: dict[str, Any]) -> None:
+    path = next(file for file in files if file.name.startswith(Path(METRICS_FILE).stem))
     metrics = json.loads(path.read_text(encoding="utf-8"))
     metrics["results"]["seconds"] = results["seconds"]
-    trainer.parts.checkpoints.folder.put(METRICS_FILE, json.dumps(metrics, indent=1).encode())
+    trainer.parts.checkpoints.folder.put(path.name, json.dumps(metrics, indent=1).encode())

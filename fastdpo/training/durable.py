@@ -73,6 +73,8 @@ def placed_whole(folder: Path, writes: bool = True) -> Iterator[Path]:
         yield aside
         flush_tree(aside)
         for name in names_below(aside):
+            if any((folder / part).is_symlink() for part in list(Path(name).parents)[:-1]):
+                raise OSError(f"{folder / name} lies behind a link, which is not followed. Remove the link.")
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (aside / name).replace(folder / name)
         flush(folder)

@@ -22,6 +22,7 @@ from fastdpo.training.reference import (
     ReferenceCache,
     ReferencePolicy,
     ReferenceStore,
+    adapters_digest,
     model_identity,
     reference_identity,
 )
@@ -88,6 +89,11 @@ class Parts:
         passes = Passes(model, reference, scorer, layouts, memory, sharding, accelerator.autocast)
         batch_scores = BatchScores(passes, references)
 
+        settings = model_identity(model, args)
+        if ref_model is not None:
+            theirs = {**model_identity(ref_model, args), "adapters": adapters_digest(ref_model)}
+            settings |= {f"reference {name}": value for name, value in theirs.items()}
+
         def score(micro: MicroBatch) -> None:
             with torch.no_grad():
                 passes.forward(model, micro)
@@ -108,5 +114,5 @@ class Parts:
             MemoryTrial(args, model, memory, layouts, partial(objective.batch_of, device=args.device), score, train),
             OptimizerStep(objective, passes, batch_scores, references, args, ranks, accelerator.backward),
             Checkpoints(args, ranks, references, objective.modules),
-            model_identity(model, args),
+            settings,
         )

@@ -60,14 +60,14 @@ class Ranks:
     def by_first(self, work: Callable[[], T] | None) -> T:
         """What the first rank's `work` gives, on all ranks; an error of its is raised on all of them. Others pass
         None."""
-        result: tuple[Any, ValueError | OSError | None] = (None, None)
+        result: tuple[Any, Exception | None] = (None, None)
         if work is not None:
             try:
                 result = work(), None
-            except (ValueError, OSError) as error:
-                if self.count == 1:
-                    raise
-                result = None, error
+            except BaseException as error:  # whatever it is, the others wait to hear of it
+                plain = isinstance(error, ValueError) or type(error) is OSError
+                self.of_first((None, error if plain else RuntimeError(f"rank 0: {type(error).__name__}: {error}")))
+                raise
         value, failed = self.of_first(result)
         if failed is not None:
             raise failed

@@ -34,13 +34,15 @@ from fastdpo.data import TokenizationReport
 from fastdpo.loss.dynamic_beta import DynamicBeta
 from fastdpo.ops.backends import resolve_backend
 from fastdpo.training.datasets import Tokenization
-from fastdpo.training.durable import names_below, placed_whole
+from fastdpo.training.durable import placed_whole
 from fastdpo.training.models.quantized import is_quantized
 from fastdpo.training.models.setup import (
+    adapter_files,
     check_offloading,
     check_optimizer,
     fold_accumulation,
     model_name,
+    named_folder,
     prepare_models,
     resolve_tokenizer,
 )
@@ -57,6 +59,7 @@ from fastdpo.training.runs.callbacks import (
     PreferenceProgress,
     StopSignals,
 )
+from fastdpo.training.runs.checkpoint import read_whole
 from fastdpo.training.runs.hub import push_checkpoint
 from fastdpo.training.runs.identity import Identity, run_identity
 from fastdpo.training.runs.loop import InterruptibleTrainer
@@ -156,6 +159,14 @@ class FastDPOTrainer(InterruptibleTrainer):
             self.objective,
             self.accelerator,
             sharded=self.is_fsdp_enabled,
+        )
+        self.parts.checkpoints.protect(
+            {
+                "model": named_folder(model),
+                "ref_model": named_folder(ref_model),
+                "processing_class": named_folder(self.tokenizer),
+            },
+            needed=adapter_files(self.model),
         )
         self.model.add_model_tags(list(self.objective.facts().tags))
         self._pending_plan: Plan | None = None
@@ -269,8 +280,7 @@ class FastDPOTrainer(InterruptibleTrainer):
         """
         saving = self.parts.checkpoints
         with saving.held():
-            resume = saving.claim(resume_from_checkpoint)
-            saving.check(self._identity(), resume)
+            resume = saving.claim(resume_from_checkpoint, self._identity())
             self.parts.references.load(resume)
             result = super().train(resume_from_checkpoint=resume, **kwargs)
             saving.rotate(self.state.best_model_checkpoint)  # a kill may have come before it did
@@ -420,6 +430,7 @@ class FastDPOTrainer(InterruptibleTrainer):
         self.parts.checkpoints.load_modules(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        read_whole(Path(str(self.state.best_model_checkpoint)))
         # transformers looks for adapters at the top of the folder only; peft keeps named ones one level below.
         if isinstance(self.model, PeftModel):
             logger.info("loading the best weights, %s", self.state.best_model_checkpoint)
@@ -440,11 +451,11 @@ class FastDPOTrainer(InterruptibleTrainer):
             if self.args.should_save:
                 artifacts.write_figures(staged, self.state.log_history, results, self.config, options or {})
                 self._write_card(staged)
-            written = names_below(staged) if self.args.should_save else []
+        written = self.parts.checkpoints.placed if self.args.should_save else []
         if self.args.push_to_hub:
             with artifacts.optional("upload of the finished run"):
                 self.push_to_hub(commit_message="End of training")
-        return [Path(self.args.output_dir) / name for name in written]
+        return written
 
     def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
         """Write the model card: settings, the figures in `results`, sources. `kwargs`: tags, as transformers passes."""

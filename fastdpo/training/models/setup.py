@@ -24,6 +24,18 @@ def model_name(model: str | PreTrainedModel) -> str:
     return Path(name).name or "model"
 
 
+def named_folder(source: Any) -> str | None:
+    """The local folder that a model or tokenizer was loaded from; None where it is of the hub, or made by hand."""
+    name = getattr(source, "name_or_path", None)  # transformers keeps it there for both
+    return str(name) if name and Path(name).is_dir() else None
+
+
+def adapter_files(model: PreTrainedModel) -> list[str]:
+    """The weights of adapters with names of their own, which peft keeps in folders of these names."""
+    named = model.peft_config if isinstance(model, PeftModel) else ()
+    return [f"{name}/adapter_model.safetensors" for name in named if name != "default"]
+
+
 def prepare_models(
     model: str | PreTrainedModel,
     ref_model: str | PreTrainedModel | None,

@@ -35,6 +35,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "neftune_noise_alpha": ((None,), "Noise on the embeddings would differ between the scored and the trained pass."),
     "parallelism_config": ((None,), "Run with plain data parallelism (torchrun, accelerate launch)."),
     "prediction_loss_only": ((False,), "Evaluation always reports the preference metrics."),
+    "save_on_each_node": ((False,), "A run has one folder, which every node must see."),
     "torch_compile": ((False,), "Micro-batches vary in shape from step to step, so every step would recompile."),
     "use_liger_kernel": ((False,), "It patches the loss that this trainer computes itself."),
 }

@@ -11,8 +11,12 @@ _NAME = re.compile(
     r"|(^|_)(password|passwd|secret|api_?key|access_?key|credentials?|authorization)$",
     re.IGNORECASE,
 )
-#: What a token of the hub looks like, wherever it stands; and a password within an address.
-_VALUE = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b|(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
+#: What tokens of hubs look like, wherever they stand; and what gives access within an address.
+_VALUE = re.compile(
+    r"\b(?:hf|ghp|gho|ghs|github_pat)_\w{16,}|(?<=://)[^/@\s]+:[^/@\s]+(?=@)"
+    r"|(?<=[?&])((?:access_|api_)?(?:token|key)|sig|X-Amz-(?:Signature|Credential|Security-Token))=[^&\s]+",
+    re.IGNORECASE,
+)
 HIDDEN = "<hidden>"
 
 
@@ -25,9 +29,14 @@ def without_secrets(value: Any) -> Any:
     """`value`, in dicts and lists too, with HIDDEN in the place of what is secret."""
     if isinstance(value, dict):
         return {
-            key: HIDDEN if isinstance(key, str) and is_secret(key) and isinstance(each, str) else without_secrets(each)
+            key: HIDDEN if isinstance(key, str) and is_secret(key) and _holds(each) else without_secrets(each)
             for key, each in value.items()
         }
     if isinstance(value, (list, tuple)):
         return type(value)(without_secrets(each) for each in value)
     return _VALUE.sub(HIDDEN, value) if isinstance(value, str) else value
+
+
+def _holds(value: Any) -> bool:
+    """Whether the value of a secret option says anything: True asks for the token that is kept elsewhere."""
+    return value is not None and not isinstance(value, bool)

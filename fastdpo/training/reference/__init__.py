@@ -1,7 +1,7 @@
 """The reference policy, and its log-probs that are kept: what they belong to, in memory, in a file, over ranks."""
 
 from fastdpo.training.reference.cache import REFERENCE_CACHE_FILE, ReferenceCache
-from fastdpo.training.reference.identity import adapter_settings, model_identity, reference_identity
+from fastdpo.training.reference.identity import adapter_settings, adapters_digest, model_identity, reference_identity
 from fastdpo.training.reference.policy import ReferencePolicy
 from fastdpo.training.reference.store import ReferenceStore
 
@@ -11,6 +11,7 @@ __all__ = [
     "ReferencePolicy",
     "ReferenceStore",
     "adapter_settings",
+    "adapters_digest",
     "model_identity",
     "reference_identity",
 ]

@@ -73,7 +73,7 @@ class UnusableCacheError(ValueError):
 
 
 class NoCacheError(UnusableCacheError):
-    """A sound file that no cache has written."""
+    """A file that no cache has written."""
 
 
 class ForeignFileError(OSError):
@@ -216,7 +216,8 @@ def _decode(content: bytes, identity: Mapping[str, str], completions: int) -> _E
     try:
         tensors = dict(safetensors.deserialize(content))
     except safetensors.SafetensorError as error:
-        raise UnusableCacheError(f"it is torn or no safetensors file ({error})") from error
+        kind = UnusableCacheError if not content or _HEADER.encode() in content else NoCacheError
+        raise kind(f"it is torn or no safetensors file ({error})") from error
     # The container is sound, so these reads are in bounds.
     size = int.from_bytes(content[:8], "little")
     text = json.loads(content[8 : 8 + size]).get("__metadata__", {}).get(_HEADER)

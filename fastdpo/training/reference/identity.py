@@ -42,7 +42,7 @@ def reference_identity(
     model: Any = reference.model if reference.ref_model is None else reference.ref_model
     return {
         "weights": reference.fingerprint(),
-        "adapters": "off" if reference.kind == "adapters off" else _adapters(model),
+        "adapters": "off" if reference.kind == "adapters off" else adapters_digest(model),
         **model_identity(model, config),
         "tokenizer": tokenizer_digest(tokenizer),
         "max_length": str(config.max_length),
@@ -55,7 +55,8 @@ def model_identity(model: Any, config: FastDPOConfig) -> dict[str, str]:
     """What a model computes beside its weights and adapters: its config, quantisation and precision."""
     autocast = "bf16" if config.bf16 else "fp16" if config.fp16 else os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     return {
-        "model config": json_digest(without(model.config.to_dict(), _CONFIG_WITHOUT_EFFECT)),
+        # What differs from the defaults: another version has other entries
+        "model config": json_digest(without(model.config.to_diff_dict(), _CONFIG_WITHOUT_EFFECT)),
         "quantisation": _quantisation(model),
         "precision": f"{model.dtype}, autocast {autocast}, tf32 {config.tf32}".replace("torch.", ""),
     }
@@ -67,7 +68,8 @@ def adapter_settings(model: PeftModel) -> dict[str, dict[str, Any]]:
     return {name: without(config.to_dict(), dropped) for name, config in model.peft_config.items()}
 
 
-def _adapters(model: nn.Module) -> str:
+def adapters_digest(model: nn.Module) -> str:
+    """Of all that adapters are beside their weights; "none" without one."""
     if not isinstance(model, PeftModel):
         return "none"
     settings = {name: without(each, ("lora_dropout",)) for name, each in adapter_settings(model).items()}

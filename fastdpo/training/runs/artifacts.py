@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, TrainerState
 from fastdpo.training.options import FastDPOConfig
 from fastdpo.training.options.secrets import is_secret, without_secrets
 from fastdpo.training.runs.curves import plot_curves
+from fastdpo.training.runs.run_list import RunList
 from fastdpo.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -95,8 +96,11 @@ def optional(what: str) -> Iterator[None]:
 
 def metrics_of(folder: Path) -> dict[str, Any]:
     """The final figures of the run in `folder`, as far as it has left them."""
-    path = folder / METRICS_FILE
-    return dict(json.loads(path.read_text(encoding="utf-8"))["results"]) if path.is_file() else {}
+    run = RunList.read(folder)
+    for name in (name for name in (run.files if run else ()) if name.startswith("metrics.")):
+        if (folder / name).is_file():
+            return dict(json.loads((folder / name).read_text(encoding="utf-8"))["results"])
+    return {}
 
 
 def training_options(config: FastDPOConfig) -> dict[str, Any]:

@@ -15,7 +15,15 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from fastdpo.training.durable import digest_of, digests_of, flush, flush_tree, names_below, remove_incomplete
+from fastdpo.training.durable import (
+    FileDigest,
+    digest_of,
+    digests_of,
+    flush,
+    flush_tree,
+    names_below,
+    remove_incomplete,
+)
 from fastdpo.training.lock import Lock, hold
 from fastdpo.training.runs.checkpoint import MANIFEST, CheckpointError, Manifest, read_manifest
 from fastdpo.training.runs.run_list import RUN_FILE, RunList, SavedCheckpoint
@@ -23,6 +31,8 @@ from fastdpo.training.runs.run_list import RUN_FILE, RunList, SavedCheckpoint
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = "_fastdpo.lock"  # uploads to the hub leave out _*
+#: Bytes up to which a file of a checkpoint that is removed is read first.
+_READ_BYTES = 1 << 24
 #: Without these no file of weights can be read: they get their names last.
 _LAST = ("adapter_model.safetensors", "model.safetensors.index.json", "model.safetensors")
 
@@ -51,6 +61,8 @@ class RunFolder:
         outer = self._lock
         try:
             with hold(self.path / LOCK_FILE, f"output_dir={str(self.path)!r}") as self._lock:
+                if outer is None and self.list is not None:
+                    self._follow()
                 try:
                     yield
                 finally:
@@ -60,6 +72,16 @@ class RunFolder:
             self._lock = outer
             if made and _is_empty(self.path):
                 self.path.rmdir()
+
+    def _follow(self) -> None:
+        """Take up the list as it is by now: the folder was free since this process left it."""
+        found = RunList.read(self.path)
+        if found is not None and found.run != self._run.run:
+            raise CheckpointError(
+                f"output_dir={str(self.path)!r} holds another run since this one has left it. Give another folder "
+                "(save_model takes one)."
+            )
+        self.list = found or self.list
 
     def begin(self, run: RunList) -> None:
         """Claim the folder for a run. Raises OSError."""
@@ -77,9 +99,19 @@ class RunFolder:
         """Whether a killed process had listed the file and not yet given it its name."""
         return any(self._aside.glob(f"file*/{name}"))
 
+    def owns_checkpoint(self, name: str) -> bool:
+        """Whether the folder of this name is a checkpoint of the run: listed, no link, and no other run's."""
+        path = self.path / name
+        if name not in self._run.checkpoints or path.is_symlink() or not path.is_dir():
+            return False
+        try:
+            return read_manifest(path).run == self._run.run
+        except CheckpointError:
+            return True  # torn, or what is left of one
+
     def owned_checkpoints(self) -> list[str]:
         """Those of the list that are there: first those beside the branch, by step, then the branch."""
-        there = [name for name in self._run.checkpoints if self._is_plain(name) and (self.path / name).is_dir()]
+        there = [name for name in self._run.checkpoints if self.owns_checkpoint(name)]
         beside = [name for name in there if name not in self._run.branch]
         return [*sorted(beside, key=_step), *(name for name in self._run.branch if name in there)]
 
@@ -96,7 +128,7 @@ class RunFolder:
     def _is_plain(self, name: str) -> bool:
         """Whether no part of the name below the folder is a link."""
         parts = PurePosixPath(name)
-        return not any((self.path / part).is_symlink() for part in (parts, *parts.parents))
+        return not any((self.path / part).is_symlink() for part in (parts, *list(parts.parents)[:-1]))
 
     # Files
 
@@ -130,10 +162,11 @@ class RunFolder:
 
     def put(self, name: str, content: bytes) -> Path:
         """`publish` of one file."""
-        staged = self.stage(f"file-{name}")
-        (staged / name).write_bytes(content)
-        (path,) = self.publish(staged)
-        staged.rmdir()
+        with self.held():
+            staged = self.stage(f"file-{name}")
+            (staged / name).write_bytes(content)
+            (path,) = self.publish(staged)
+            staged.rmdir()
         return path
 
     def _move(self, staged: Path, names: Collection[str]) -> list[Path]:
@@ -162,7 +195,7 @@ class RunFolder:
         """Give the closed checkpoint at `staged` its name, in the place of an older one of the run."""
         self._check_lock()
         run, name = self._run, f"checkpoint-{manifest.step}"
-        if os.path.lexists(self.path / name) and name not in run.checkpoints:
+        if os.path.lexists(self.path / name) and not self.owns_checkpoint(name):
             raise CheckpointError(f"{self.path / name} is not this run's, so it stays. Move it away and resume.")
         run.branch = [*(run.branch[: run.branch.index(name)] if name in run.branch else run.branch), name]
         run.checkpoints[name] = SavedCheckpoint(manifest.seal, (*manifest.files, MANIFEST))
@@ -200,13 +233,19 @@ class RunFolder:
         self._run.branch = [other for other in self._run.branch if other != name]
 
     def _discard(self, folder: Path, name: str) -> None:
-        """Remove the run's files in a checkpoint's folder that lies aside; what else is in it is given back."""
+        """Remove the run's files in a checkpoint's folder that lies aside; what else is in it, or was changed since, is
+        given back."""
         own = {MANIFEST, *self._run.checkpoints[name].files}
+        changed: set[str] = set()
         try:
-            own |= set(read_manifest(folder).files)
+            files = read_manifest(folder).files
+            own |= set(files)
+            changed = {
+                found for found in names_below(folder) if found in files and _is_changed(folder / found, files[found])
+            }
         except CheckpointError:
             logger.debug("%s has no manifest to read", folder)
-        foreign = [found for found in names_below(folder) if found not in own]
+        foreign = [found for found in names_below(folder) if found not in own or found in changed]
         if not foreign:
             shutil.rmtree(folder)
             return
@@ -244,7 +283,7 @@ class RunFolder:
         aside = self._aside
         if aside.is_symlink() or not aside.is_dir():
             return False
-        for name, saved in self._run.checkpoints.items():
+        for name, saved in list(self._run.checkpoints.items()):
             staged, replaced, final = aside / name, aside / f"replaced-{name}", self.path / name
             if _seal_of(staged) == saved.seal:
                 self._exchange(staged, name)
@@ -277,6 +316,12 @@ def _seal_of(folder: Path) -> str | None:
         return read_manifest(folder).seal
     except CheckpointError:
         return None
+
+
+def _is_changed(path: Path, written: FileDigest) -> bool:
+    """Whether a file holds something else than the run wrote. Of large ones, which nobody edits, the size tells."""
+    size = path.lstat().st_size
+    return path.is_symlink() or size != written.bytes or (size <= _READ_BYTES and digest_of(path) != written)
 
 
 def _step(name: str) -> int:

@@ -56,6 +56,8 @@ _NOTED_OPTIONS = (
     "logging_steps", "micro_batch_tokens", "memory_limit", "checkpointing", "activation_offloading", "prefix_sharing",
     "packing", "reference", "backend", "fsdp",
 )  # fmt: skip
+#: Of a scheduler's state, what training moves.
+_MOVING = ("last_epoch", "verbose", "best", "num_bad_epochs", "cooldown_counter")
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "triton")
 #: Rows whose token ids are in memory at a time.
 _ROWS = 20_000
@@ -175,16 +177,18 @@ def _made(what: str, given: Any, options: Sequence[str], args: FastDPOConfig) ->
     """An optimizer or scheduler by its options, or by its class and defaults where the user has made it."""
     if given is None:
         return {name: getattr(args, name) for name in options}
-    name = f"{type(given).__module__}.{type(given).__qualname__}"
-    defaults = {key: value for key, value in getattr(given, "defaults", {}).items() if _is_plain(value)}
-    return {what: name, **{f"{what} {key}": value for key, value in defaults.items()}}
+    found: dict[str, Any] = {what: f"{type(given).__module__}.{type(given).__qualname__}"}
+    if isinstance(given, torch.optim.Optimizer):
+        groups = [{**group, "lr": group.get("initial_lr", group["lr"])} for group in given.param_groups]
+        return found | {f"{what} groups": [_plain_entries(group, ("params", "initial_lr")) for group in groups]}
+    return found | {f"{what} {key}": value for key, value in _plain_entries(given.state_dict(), _MOVING).items()}
 
 
 def _adapters(model: PreTrainedModel) -> dict[str, Any]:
     if not isinstance(model, PeftModel):
         return {"adapters": None}
     named = adapter_settings(model)
-    found: dict[str, Any] = {"adapters": sorted(named)}
+    found: dict[str, Any] = {"adapters": sorted(named), "active adapters": list(model.base_model.active_adapters)}
     for adapter, settings in named.items():
         prefix = "adapter" if len(named) == 1 else f"adapter {adapter!r}"
         found |= {f"{prefix} {name}": value for name, value in settings.items()}
@@ -198,8 +202,15 @@ def _trained(model: PreTrainedModel) -> str:
 
 
 def _different(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """The names whose values differ. What one side does not know, as another version's, is off there."""
     names = [*own, *(name for name in saved if name not in own)]
-    return [name for name in names if saved.get(name) != own.get(name)]
+    return [name for name in names if not _is_same(name, saved, own)]
+
+
+def _is_same(name: str, saved: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
+    if name in saved and name in own:
+        return bool(saved[name] == own[name])
+    return not (saved.get(name) or own.get(name))
 
 
 def _listed(values: Mapping[str, Any], names: Sequence[str]) -> str:
@@ -211,8 +222,10 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return dict(json.loads(as_json({name: getattr(value, "value", value) for name, value in values.items()})))
 
 
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, (str, int, float, bool, tuple, list))
+def _plain_entries(values: Mapping[str, Any], without: Sequence[str]) -> dict[str, Any]:
+    plain = (str, int, float, bool, tuple, list)
+    used = {name: value for name, value in values.items() if name not in without and not name.startswith("_")}
+    return {name: value for name, value in used.items() if value is None or isinstance(value, plain)}
 
 
 def _version(package: str) -> str | None:

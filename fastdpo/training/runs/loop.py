@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerControl
 from transformers.trainer_utils import TrainOutput
 
 from fastdpo.training.memory.plan import get_rng_state, is_out_of_memory, set_rng_state
 from fastdpo.training.runs.callbacks import EvaluationStopped, StopSignals, TrainingInterrupted
+from fastdpo.training.runs.checkpoint import CheckpointError
 from fastdpo.training.runs.failures import NamesStoppedRanks, optimizer_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,8 @@ class InterruptibleTrainer(Trainer):
     _initial_global_step: int = -1
     _tr_loss: Tensor
     control: TrainerControl
+    optimizer: Any
+    lr_scheduler: Any
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """As transformers', from a folder that exists.
@@ -69,7 +73,31 @@ class InterruptibleTrainer(Trainer):
         """As transformers', which would go on at the intervals of logs, evaluations and saves of the checkpoint."""
         result = super()._init_training_state(max_steps, *args, **kwargs)
         self.state.compute_steps(self.args, max_steps)
+        if self.resumed_from and self.state.best_global_step:
+            self.state.best_model_checkpoint = self._best_of(str(self.resumed_from), self.state.best_global_step)
         return result
+
+    def _best_of(self, resumed_from: str, step: int) -> str | None:
+        """The best checkpoint so far, where it is now: its folder may have been moved, or copied, since."""
+        for folder in (Path(self.args.output_dir), Path(resumed_from).parent):
+            if (folder / f"checkpoint-{step}").is_dir():
+                return str(folder / f"checkpoint-{step}")
+        if self.args.load_best_model_at_end:
+            raise CheckpointError(
+                f"load_best_model_at_end: the best checkpoint so far is that of step {step}, which lies neither in "
+                f"output_dir={self.args.output_dir!r} nor beside {resumed_from}. Put it back, or set it False."
+            )
+        return None
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As transformers', but the next step has the rate of this run's schedule, not of the one that was saved: they
+        differ where more steps were asked for."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and isinstance(self.lr_scheduler, LambdaLR):
+            scheduler = self.lr_scheduler
+            rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            for group, (base, factor) in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = base * factor(scheduler.last_epoch)
 
     def _run_epoch(self, **kwargs: Any) -> None:
         self._evaluate_what_is_owed(kwargs["trial"], kwargs["ignore_keys_for_eval"])

@@ -19,17 +19,21 @@ from torch import nn
 from transformers import TrainerState
 from transformers.trainer_callback import ExportableState
 
+from fastdpo.training.durable import remove_incomplete
 from fastdpo.training.options import FastDPOConfig
 from fastdpo.training.ranks import Ranks
 from fastdpo.training.reference import ReferenceStore
-from fastdpo.training.runs.checkpoint import CheckpointError, close, faults, read_manifest
+from fastdpo.training.runs.checkpoint import CheckpointError, close, faults
 from fastdpo.training.runs.folder import RunFolder
 from fastdpo.training.runs.identity import Identity
+from fastdpo.training.runs.run_list import RUN_FILE
 from fastdpo.training.runs.start import Start, begin_start, is_resume, list_of_start, read_list
 
 logger = logging.getLogger(__name__)
 
 TRAINER_STATE_FILE = "trainer_state.json"
+#: What torch's errors of writing an archive name.
+_ARCHIVE_WRITERS = ("PytorchStreamWriter", "inline_container")
 
 
 @contextmanager
@@ -51,7 +55,8 @@ class Checkpoints:
 
     Attributes:
         folder: of the run; the first rank changes it.
-        identity: what a checkpoint is saved with; set by `start`.
+        identity: what a checkpoint is saved with; given to `claim`.
+        placed: where the files of the last `published` are.
     """
 
     def __init__(
@@ -64,16 +69,21 @@ class Checkpoints:
         self.args, self.ranks, self.references, self.modules = args, ranks, references, modules
         self.folder = RunFolder(args.output_dir)
         self.identity: Identity | None = None
+        self.placed: list[Path] = []
         self._claimed = False
         self._sources: Mapping[str, str | Path | None] = {}
+        self._needed: Collection[str] = ()
         self._keep: Collection[Path] = ()
 
     # The folder
 
-    def protect(self, sources: Mapping[str, str | Path | None], keep: Collection[Path] = ()) -> None:
-        """What `claim` must not clear. sources: of the run, by option; one in the folder is refused. keep: files of the
-        other run that stay."""
-        self._sources, self._keep = sources, keep
+    def protect(
+        self, sources: Mapping[str, str | Path | None], *, needed: Collection[str] = (), keep: Collection[Path] = ()
+    ) -> None:
+        """What `claim` must not clear, added to what is known. sources: of the run, by option; one in the folder is
+        refused. needed: names of files that it will write. keep: files of the other run that stay."""
+        self._sources = {**self._sources, **sources}
+        self._needed, self._keep = [*self._needed, *needed], [*self._keep, *keep]
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -81,13 +91,16 @@ class Checkpoints:
         with held_by_first(self.folder, self.ranks, self.args.should_save):
             yield
 
-    def claim(self, resume_from_checkpoint: str | bool | None = None) -> str | None:
-        """Take the folder over for this run, under `held`; the checkpoint to resume from, or None.
+    def claim(self, resume_from_checkpoint: str | bool | None = None, identity: Identity | None = None) -> str | None:
+        """Take the folder over for this run, under `held`; the checkpoint to resume from, or None. identity: what
+        checkpoints are saved with, and what the one to resume from is compared with.
 
         Raises CheckpointError on all ranks: see `check_start`; nothing was changed then.
         """
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
+
+        self.identity = identity
 
         def work() -> str | None:
             start = self._take(resume_from_checkpoint)
@@ -101,25 +114,27 @@ class Checkpoints:
         folder = self.folder
         # What an earlier call of train has left is this trainer's own
         overwrite = self.args.overwrite_output_dir or self._claimed
-        start = begin_start(folder, resume, overwrite=overwrite, sources=self._sources)
-        folder.list = read_list(folder.path)
-        if folder.list is not None and not start.in_place and not self._claimed:
-            folder.recover()
-            folder.clear(self._keep)
+        start = begin_start(folder, resume, overwrite=overwrite, sources=self._sources, needed=self._needed)
+        if start.manifest is not None and self.identity is not None:
+            honoured = self.identity.check(str(start.resume), start.manifest.identity)
+            if honoured is not None:
+                logger.warning("%s", honoured)
         if start.resume is None and is_resume(resume):
+            if self._claimed:
+                raise CheckpointError(
+                    f"{folder.path} holds no checkpoint yet, and this trainer's weights may have moved. Build a new "
+                    "trainer, which starts from the beginning."
+                )
             logger.warning("%s holds no checkpoint yet: the run starts from the beginning.", folder.path)
+        # From here on the folder is changed
+        remove_incomplete(folder.path / RUN_FILE)
+        folder.list = read_list(folder.path)
+        if folder.list is not None:
+            folder.recover()
+            if not start.in_place and not self._claimed:
+                folder.clear(self._keep)
         folder.begin(list_of_start(folder, start, keep=self._claimed))
         return start
-
-    def check(self, identity: Identity, resume: str | None) -> None:
-        """Take `identity` for this run. Raises CheckpointError on all ranks where it cannot continue from `resume`."""
-        self.identity = identity
-
-        def work() -> None:
-            if resume is not None and (honoured := identity.check(resume, read_manifest(Path(resume)).identity)):
-                logger.warning("%s", honoured)
-
-        self.ranks.by_first(work if self.args.should_save else None)
 
     @contextmanager
     def published(self, name: str, *, finished: int | None = None) -> Iterator[Path]:
@@ -137,16 +152,17 @@ class Checkpoints:
             with self.written(staged):
                 yield staged
                 self.ranks.wait()
-                self.ranks.by_first((lambda: self.folder.publish(staged, finished=finished)) if first else None)
+                publish = (lambda: self.folder.publish(staged, finished=finished)) if first else None
+                self.placed = self.ranks.by_first(publish)
                 if first:
                     shutil.rmtree(staged)
 
-    def is_complete(self) -> bool:
-        """Whether the files of the finished run are there already, whole; all ranks call it."""
+    def is_complete(self, step: int) -> bool:
+        """Whether the files of the run that ended with `step` are there already, whole; all ranks call it."""
 
         def work() -> bool:
             run = self.folder.list
-            return run is not None and run.finished is not None and not faults(self.folder.path, run.files)
+            return run is not None and run.finished == step and not faults(self.folder.path, run.files)
 
         return self.ranks.by_first(work if self.args.should_save else None)
 
@@ -164,7 +180,7 @@ class Checkpoints:
             yield
         except (OSError, SafetensorError, RuntimeError) as error:
             # torch writes archives in C++ and says so in a RuntimeError; another one is no failure to write
-            if isinstance(error, RuntimeError) and "Writer" not in str(error) and "write" not in str(error):
+            if isinstance(error, RuntimeError) and not any(name in str(error) for name in _ARCHIVE_WRITERS):
                 raise
             if self.args.should_save:
                 shutil.rmtree(staged, ignore_errors=True)
@@ -179,7 +195,7 @@ class Checkpoints:
     def finish(self, staged: Path, state: TrainerState, callbacks: Iterable[Any]) -> str:
         """Add the states of trainer, callbacks, modules and reference log-probs, wait for all ranks' files, and give it
         its place, which is returned."""
-        assert self.identity is not None, "check comes before"
+        assert self.identity is not None, "claim gives it"
         if self.args.should_save:
             for name, module in self.modules().items():
                 save_file(module.state_dict(), str(staged / name))
@@ -192,12 +208,13 @@ class Checkpoints:
         def work() -> str:
             folder = self.folder
             assert folder.list is not None
-            newest = folder.newest()
+            older = [name for name in folder.owned_checkpoints() if name in folder.list.branch]
+            older = [name for name in older if int(name.rpartition("-")[2]) < state.global_step]
             manifest = close(
                 staged,
                 run=folder.list.run,
                 step=state.global_step,
-                parent=None if newest is None else (newest.name, folder.list.checkpoints[newest.name].seal),
+                parent=(older[-1], folder.list.checkpoints[older[-1]].seal) if older else None,
                 resumable=not self.args.save_only_model,
                 identity=identity.as_entries(),
             )

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,10 @@ def check_start(
     *,
     overwrite: bool,
     sources: Mapping[str, str | Path | None] | None = None,
+    needed: Iterable[str] = (),
 ) -> Start:
-    """How a run starts in `folder`. sources: option → where the model, the data, ... of the run are.
+    """How a run starts in `folder`. sources: option → where the model, the data, ... of the run are. needed: names of
+    files that the run will write, beside those that every run does.
 
     Raises CheckpointError if the checkpoint cannot be resumed from, if the folder holds another run that is neither
     resumed nor to be overwritten, if overwriting it would touch one of the sources, and if files that are no run's
@@ -60,17 +62,17 @@ def check_start(
     path = folder.path
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"output_dir={str(path)!r} is a file. Give a folder.")
-    for option, source in (sources or {}).items():
-        if source is not None and Path(source).expanduser().resolve() == path.resolve():
-            raise CheckpointError(
-                f"output_dir={str(path)!r} is also {option}, which must not be overwritten. Give another."
-            )
     folder = RunFolder(path)
     folder.list = run = read_list(path)
     resume = resolve_resume(path, resume_from_checkpoint)
     manifest = None if resume is None else read_manifest(resume)
-    in_place = resume is not None and resume.resolve().parent == path.resolve()
+    in_place = manifest is not None and resume is not None and _is_own(resume, manifest, path, run)
     if not in_place:
+        for option, source in (sources or {}).items():
+            if source is not None and Path(source).expanduser().resolve() == path.resolve():
+                raise CheckpointError(
+                    f"output_dir={str(path)!r} is also {option}, which must not be overwritten. Give another."
+                )
         held = _results(folder) if run else []
         if held and not overwrite:
             raise CheckpointError(
@@ -79,8 +81,14 @@ def check_start(
             )
         if held:
             _refuse_sources(path, {**(sources or {}), "resume_from_checkpoint": resume})
-    _refuse_foreign(folder, run, after=manifest.step if in_place and manifest else -1)
+    _refuse_foreign(folder, run, needed, after=manifest.step if in_place and manifest else -1)
     return Start(resume, manifest, in_place)
+
+
+def _is_own(resume: Path, manifest: Manifest, path: Path, run: RunList | None) -> bool:
+    """Whether a checkpoint is the folder's own, under its own name; of a folder without a list it may be any run's."""
+    named = resume.resolve() == path.resolve() / f"checkpoint-{manifest.step}"
+    return named and (run is None or run.run == manifest.run)
 
 
 def begin_start(folder: RunFolder, resume_from_checkpoint: str | bool | None, **rules: Any) -> Start:
@@ -204,7 +212,9 @@ def list_of_start(folder: RunFolder, start: Start, *, keep: bool = False) -> Run
     for found in checkpoints(folder.path):
         if found.name not in run.checkpoints and (own := _manifest_of(found, run.run)) is not None:
             run.checkpoints[found.name] = SavedCheckpoint(own.seal, (*own.files, MANIFEST))
-    run.branch = _ancestors(run, folder.path, start.manifest)
+    name = f"checkpoint-{start.manifest.step}"
+    run.checkpoints[name] = SavedCheckpoint(start.manifest.seal, (*start.manifest.files, MANIFEST))
+    run.branch = [name for name in _ancestors(run, folder.path, start.manifest) if name in run.checkpoints]
     return run
 
 
@@ -245,16 +255,15 @@ def _refuse_sources(path: Path, sources: Mapping[str, str | Path | None]) -> Non
             )
 
 
-def _refuse_foreign(folder: RunFolder, run: RunList | None, *, after: int) -> None:
+def _refuse_foreign(folder: RunFolder, run: RunList | None, needed: Iterable[str], *, after: int) -> None:
     """Names that the run needs and that are not its own, nor of the run that is to be overwritten."""
     path = folder.path
     folder.list = run or RunList()
-    listed = folder.list.checkpoints
-    there = [name for name in _MODEL_FILES if os.path.lexists(path / name)]
+    there = [name for name in (*_MODEL_FILES, *needed) if os.path.lexists(path / name)]
     foreign = [name for name in there if not folder.owns(name) and not folder.is_pending(name)]
     for each in path.iterdir() if path.is_dir() else ():
         taken = _step_in(each.name)
-        if taken is not None and each.name not in listed and taken > after:
+        if taken is not None and taken > after and not folder.owns_checkpoint(each.name):
             foreign.append(each.name)
     if foreign:
         raise CheckpointError(
