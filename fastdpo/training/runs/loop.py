@@ -98,6 +98,7 @@ class InterruptibleTrainer(Trainer):
             rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
             for group, (base, factor) in zip(self.optimizer.param_groups, rates, strict=True):
                 group["lr"] = base * factor(scheduler.last_epoch)
+            scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what is logged
 
     def _run_epoch(self, **kwargs: Any) -> None:
         self._evaluate_what_is_owed(kwargs["trial"], kwargs["ignore_keys_for_eval"])

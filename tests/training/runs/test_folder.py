@@ -243,3 +243,94 @@ def test_the_folder_is_one_processs_at_a_time(copy: Path) -> None:
         os.waitpid(child, 0)
     tiny.trainer(copy, **OPTIONS).train(resume_from_checkpoint="last")
     assert not (copy / LOCK_FILE).exists()
+
+
+def test_a_refused_resume_changes_nothing(copy: Path, tmp_path: Path) -> None:
+    """Neither the run that would be overwritten, nor the branch that `last` follows."""
+    other = Path(shutil.copytree(copy, tmp_path / "other"))
+    before = content(copy)
+    for folder, options in ((other, {"overwrite_output_dir": True}), (copy, {})):
+        trainer = tiny.trainer(copy, learning_rate=0.5, **OPTIONS, **options)
+        with pytest.raises(CheckpointError, match=r"learning_rate=0\.5"):
+            trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+        assert content(copy) == before
+    assert resolve_resume(copy, "last") == copy / "checkpoint-4"
+
+
+def test_an_output_folder_that_is_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    finished(tmp_path / "run", save_total_limit=1)
+    assert {"adapter_model.safetensors", "checkpoint-4"} <= {path.name for path in (tmp_path / "disk").iterdir()}
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-4"]
+
+
+def test_a_checkpoint_that_was_moved_and_linked_back_is_the_users(copy: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "disk"
+    (copy / "checkpoint-4").rename(moved)
+    (copy / "checkpoint-4").symlink_to(moved)
+    (moved / "notes").write_text("mine")
+    before = content(moved)
+    with pytest.raises(CheckpointError, match="holds checkpoint-4, which no run wrote there"):
+        tiny.trainer(copy, **OPTIONS).train(resume_from_checkpoint=str(copy / "checkpoint-2"))
+    assert content(moved) == before
+
+
+def test_what_lies_in_the_place_of_a_checkpoint_is_looked_at(copy: Path, tmp_path: Path) -> None:
+    """Another run's under a name of this one's list, and a file that was edited since: both stay."""
+    other = tmp_path / "other"
+    finished(other, seed=7)
+    shutil.rmtree(copy / "checkpoint-2")
+    shutil.copytree(other / "checkpoint-2", copy / "checkpoint-2")
+    theirs = content(copy / "checkpoint-2")
+    state = copy / "checkpoint-4" / "trainer_state.json"
+    longer = OPTIONS | {"max_steps": 8, "save_total_limit": 1}
+    tiny.trainer(copy, **longer).train(resume_from_checkpoint="last")
+    assert content(copy / "checkpoint-2") == theirs
+    assert not state.exists(), "this one was the run's"
+    (copy / "checkpoint-8" / "trainer_state.json").write_text("{}")
+    shutil.rmtree(copy / "checkpoint-2")
+    finished(copy, max_steps=1, save_steps=1, overwrite_output_dir=True)
+    assert content(copy / "checkpoint-8.kept") == {"trainer_state.json": b"{}"}
+    tiny.trainer(tmp_path / "third", **OPTIONS).train()
+    copied = shutil.copytree(other / "checkpoint-2", tmp_path / "third" / "checkpoint-9")
+    with pytest.raises(CheckpointError, match="holds another run"):
+        tiny.trainer(tmp_path / "third", **OPTIONS).train(resume_from_checkpoint=str(copied))
+
+
+def test_a_trainer_that_has_left_its_folder_does_not_write_over_the_next_run(tmp_path: Path) -> None:
+    first = tiny.trainer(tmp_path, **OPTIONS)
+    first.train()
+    second = tiny.trainer(tmp_path, overwrite_output_dir=True, **OPTIONS)
+    second.train()
+    second.save_model()
+    before = content(tmp_path)
+    with pytest.raises(CheckpointError, match="holds another run since this one has left it"):
+        first.save_model()
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("original", ["moved", "there"])
+def test_the_best_checkpoint_of_a_run_that_was_moved_or_copied_is_its_own(original: str, tmp_path: Path) -> None:
+    """The first step is the best one by this measure."""
+    best = {
+        "eval_strategy": "steps", "eval_steps": 2, "eval_dataset": tiny.pairs(4, seed=9),
+        "load_best_model_at_end": True, "metric_for_best_model": "rewards/margins",
+        "greater_is_better": False, "save_total_limit": 2,
+    }  # fmt: skip
+    first = tiny.trainer(tmp_path / "run", **OPTIONS, **best)
+    first.train()
+    expected = {name: p.detach().clone() for name, p in first.model.named_parameters() if p.requires_grad}
+    copied = Path(shutil.copytree(tmp_path / "run", tmp_path / "copy"))
+    if original == "moved":
+        shutil.rmtree(tmp_path / "run")
+    else:  # another run there by now
+        (tmp_path / "run" / "checkpoint-2" / "adapter_model.safetensors").write_bytes(b"")
+    again = tiny.trainer(copied, **OPTIONS, **best)
+    again.train(resume_from_checkpoint="last")
+    assert again.state.best_model_checkpoint == str(copied / "checkpoint-2")
+    found = {name: p for name, p in again.model.named_parameters() if p.requires_grad}
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    shutil.rmtree(copied / "checkpoint-2")
+    with pytest.raises(CheckpointError, match="best checkpoint so far is that of step 2, which lies neither in"):
+        tiny.trainer(copied, **OPTIONS, **best).train(resume_from_checkpoint="last")

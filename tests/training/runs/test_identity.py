@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from fastdpo.data import load_preferences
 from fastdpo.training.runs.checkpoint import CheckpointError
-from fastdpo.training.runs.identity import data_digest
+from fastdpo.training.runs.identity import Identity, data_digest
 
 OPTIONS: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps", "lr_scheduler_type": "cosine"}
 PAIRS = tiny.pairs(16)
@@ -85,6 +85,49 @@ def test_another_base_of_the_policy_is_refused_although_the_reference_is_the_sam
     other = tiny.trainer(tmp_path, ref_model=tiny.llama(seed=3), model=tiny.llama(seed=5), **OPTIONS)
     with pytest.raises(CheckpointError, match="was trained with model weights="):
         other.train(resume_from_checkpoint="last")
+
+
+def test_a_reference_of_another_config_is_another_reference(tmp_path: Path) -> None:
+    """Equal weights that compute something else."""
+    tiny.trainer(tmp_path, ref_model=tiny.llama(seed=3), **OPTIONS).train()
+    other = tiny.trainer(tmp_path, ref_model=tiny.llama(seed=3, rms_norm_eps=1e-2), **OPTIONS)
+    with pytest.raises(CheckpointError, match="was trained with reference model config="):
+        other.train(resume_from_checkpoint="last")
+
+
+def test_groups_of_a_given_optimizer_and_a_given_schedule_count(tmp_path: Path) -> None:
+    def given(rates: tuple[float, float], gamma: float) -> dict[str, Any]:
+        model = get_peft_model(tiny.llama(), tiny.lora())
+        trained = [p for p in model.parameters() if p.requires_grad]
+        groups = [{"params": trained[:4], "lr": rates[0]}, {"params": trained[4:], "lr": rates[1]}]
+        optimizer = torch.optim.AdamW(groups)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=gamma)
+        return {"model": model, "peft_config": None, "optimizers": (optimizer, schedule)}
+
+    tiny.trainer(tmp_path, **OPTIONS, **given((1e-2, 1e-3), 0.5)).train()
+    for other, named in ((((1e-2, 1e-2), 0.5), "optimizer groups"), (((1e-2, 1e-3), 0.1), "scheduler gamma=0.5")):
+        with pytest.raises(CheckpointError, match=f"was trained with {named}"):
+            tiny.trainer(tmp_path, **OPTIONS, **given(*other)).train(resume_from_checkpoint="last")
+    tiny.trainer(tmp_path, **OPTIONS, **given((1e-2, 1e-3), 0.5)).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+    )
+
+
+def test_what_another_version_does_not_know_is_off_there() -> None:
+    saved = {"fixed": {"r": 4, "old": None}, "noted": {}}
+    Identity({"r": 4, "new": False, "newer": []}, {}).check("checkpoint-2", saved)
+    for own, said in (({"r": 4, "new": True}, "new=None, this run has new=True"), ({}, "r=4, this run has r=None")):
+        with pytest.raises(CheckpointError, match=said):
+            Identity(own, {}).check("checkpoint-2", saved)
+
+
+def test_more_steps_are_trained_at_the_rates_of_the_longer_schedule(tmp_path: Path) -> None:
+    linear = OPTIONS | {"lr_scheduler_type": "linear", "learning_rate": 8e-3}
+    tiny.trainer(tmp_path, **linear).train()
+    longer = tiny.trainer(tmp_path, **(linear | {"max_steps": 8}))
+    longer.train(resume_from_checkpoint="last")
+    rates = {entry["step"]: entry["learning_rate"] for entry in longer.state.log_history if "learning_rate" in entry}
+    assert {step: rates[step] for step in (5, 6, 7, 8)} == pytest.approx({5: 4e-3, 6: 3e-3, 7: 2e-3, 8: 1e-3})
 
 
 def test_evaluation_data_counts_where_it_decides_what_is_kept(tmp_path: Path) -> None:
