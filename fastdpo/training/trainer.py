@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from torch import Tensor
 from transformers import (
     BitsAndBytesConfig,
@@ -27,14 +27,11 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import HubStrategy
-from transformers.utils import PushInProgress
 
 from fastdpo.data import TokenizationReport
 from fastdpo.loss.dynamic_beta import DynamicBeta
 from fastdpo.ops.backends import resolve_backend
 from fastdpo.training.datasets import Tokenization
-from fastdpo.training.durable import placed_whole
 from fastdpo.training.models.quantized import is_quantized
 from fastdpo.training.models.setup import (
     adapter_files,
@@ -59,11 +56,9 @@ from fastdpo.training.runs.callbacks import (
     PreferenceProgress,
     StopSignals,
 )
-from fastdpo.training.runs.checkpoint import read_whole
-from fastdpo.training.runs.hub import push_checkpoint
 from fastdpo.training.runs.identity import Identity, run_identity
-from fastdpo.training.runs.loop import InterruptibleTrainer
 from fastdpo.training.runs.nonfinite import NonFiniteLossError, stop_on_nonfinite
+from fastdpo.training.runs.saving_trainer import SavingTrainer
 from fastdpo.training.scoring import Scores
 
 __all__ = ["FastDPOTrainer", "NonFiniteLossError"]
@@ -71,7 +66,7 @@ __all__ = ["FastDPOTrainer", "NonFiniteLossError"]
 logger = logging.getLogger(__name__)
 
 
-class FastDPOTrainer(InterruptibleTrainer):
+class FastDPOTrainer(SavingTrainer):
     """Preference optimisation of a causal LM, called as TRL's DPOTrainer is.
 
     Args:
@@ -93,9 +88,7 @@ class FastDPOTrainer(InterruptibleTrainer):
     """
 
     # transformers' own, which have no types
-    is_fsdp_enabled: bool
     optimizer: Any
-    push_in_progress: Any
 
     def __init__(
         self,
@@ -160,7 +153,8 @@ class FastDPOTrainer(InterruptibleTrainer):
             self.accelerator,
             sharded=self.is_fsdp_enabled,
         )
-        self.parts.checkpoints.protect(
+        self.saving, self.references = self.parts.checkpoints, self.parts.references
+        self.saving.protect(
             {
                 "model": named_folder(model),
                 "ref_model": named_folder(ref_model),
@@ -221,7 +215,7 @@ class FastDPOTrainer(InterruptibleTrainer):
         figures = self.parts.step.read(result, batch, with_norm=self.accelerator.scaler is None)
         if not figures.finite:
             stop_on_nonfinite(
-                self.parts.checkpoints.folder, self.parts.ranks, self.state.global_step + 1, figures.loss_value,
+                self.saving.folder, self.parts.ranks, self.state.global_step + 1, figures.loss_value,
                 figures.grad_norm, self.objective.named(result.everyone), batch.example_ids,
             )  # fmt: skip
         for name, value in figures.metrics.items():
@@ -278,13 +272,13 @@ class FastDPOTrainer(InterruptibleTrainer):
         Raises CheckpointError (an unusable output folder or checkpoint), NonFiniteLossError, TrainingInterrupted, or,
         from `runs.failures`, OptimizerOutOfMemory and RankStopped.
         """
-        saving = self.parts.checkpoints
+        saving = self.saving
         with saving.held():
             resume = saving.claim(resume_from_checkpoint, self._identity())
-            self.parts.references.load(resume)
+            self.references.load(resume)
             result = super().train(resume_from_checkpoint=resume, **kwargs)
             saving.rotate(self.state.best_model_checkpoint)  # a kill may have come before it did
-            self.parts.references.save()
+            self.references.save()
         return result
 
     def _identity(self) -> Identity:
@@ -372,71 +366,7 @@ class FastDPOTrainer(InterruptibleTrainer):
         columns = torch.stack(list(self.objective.named(scores).values()), dim=1)
         return found._replace(predictions=columns.numpy())
 
-    # Checkpoints, and what a finished run leaves
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        saving, step = self.parts.checkpoints, self.state.global_step
-        run_dir = Path(self.args.output_dir)
-        staged = saving.begin(step)
-        with saving.written(staged):
-            self.store_flos()
-            super().save_model(str(staged), _internal_call=True)
-            if self.state.best_global_step and self.stop_signals.may_be_best(self.args, self.state):
-                best = run_dir / f"checkpoint-{self.state.best_global_step}"
-                if self.state.best_global_step == step or best.is_dir():
-                    self.state.best_model_checkpoint = str(best)
-            if not self.args.save_only_model:
-                self._save_optimizer_and_scheduler(str(staged))
-                self._save_scaler(str(staged))
-                self._save_rng_state(str(staged))
-            self.parts.references.share()
-            final = saving.finish(staged, self.state, [*self.callback_handler.callbacks, self.control])
-        self.parts.references.save()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(final)
-        saving.rotate(self.state.best_model_checkpoint)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """As transformers', without its pickle of the options: that would hold tokens, and run code when it is read."""
-        if self.args.should_save:
-            self.model.save_pretrained(output_dir, state_dict=state_dict)
-            self.tokenizer.save_pretrained(output_dir)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Weights and tokenizer, in `args.output_dir` by default: they get their names once all are written."""
-        if output_dir is None or Path(output_dir).resolve() == Path(self.args.output_dir).resolve():
-            with self.parts.checkpoints.published("file-model") as staged:
-                super().save_model(str(staged), _internal_call=True)
-        else:
-            with placed_whole(Path(output_dir), self.args.should_save) as staged:
-                super().save_model(str(staged), _internal_call=True)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """transformers' would copy over the files of the output folder, and pickle the options there."""
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
-            return
-        if not self.args.hub_always_push and self.push_in_progress is not None and not self.push_in_progress.is_done():
-            return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        with artifacts.optional(f"upload of {checkpoint_folder}"):
-            stage = self.parts.checkpoints.folder.stage
-            jobs = push_checkpoint(self.args, Path(checkpoint_folder), str(self.hub_model_id), stage)
-            self.push_in_progress = PushInProgress([*getattr(self.push_in_progress, "jobs", []), *jobs])
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.parts.checkpoints.load_modules(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        read_whole(Path(str(self.state.best_model_checkpoint)))
-        # transformers looks for adapters at the top of the folder only; peft keeps named ones one level below.
-        if isinstance(self.model, PeftModel):
-            logger.info("loading the best weights, %s", self.state.best_model_checkpoint)
-            super()._load_from_checkpoint(self.state.best_model_checkpoint)
-        else:
-            super()._load_best_model()
+    # What a finished run leaves
 
     def save_run(self, results: dict[str, Any], options: dict[str, Any] | None = None) -> list[Path]:
         """Write what a finished run leaves besides its weights, which the caller has saved, and push all if asked to.
@@ -447,11 +377,11 @@ class FastDPOTrainer(InterruptibleTrainer):
         self.results = results
         ended = 0 < self.state.max_steps <= self.state.global_step
         finished = self.state.global_step if ended else None
-        with self.parts.checkpoints.published("file-run", finished=finished) as staged:
+        with self.saving.published("file-run", finished=finished) as staged:
             if self.args.should_save:
                 artifacts.write_figures(staged, self.state.log_history, results, self.config, options or {})
                 self._write_card(staged)
-        written = self.parts.checkpoints.placed if self.args.should_save else []
+        written = self.saving.placed if self.args.should_save else []
         if self.args.push_to_hub:
             with artifacts.optional("upload of the finished run"):
                 self.push_to_hub(commit_message="End of training")
@@ -459,7 +389,7 @@ class FastDPOTrainer(InterruptibleTrainer):
 
     def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
         """Write the model card: settings, the figures in `results`, sources. `kwargs`: tags, as transformers passes."""
-        with self.parts.checkpoints.published("file-card") as staged:
+        with self.saving.published("file-card") as staged:
             if self.args.should_save:
                 self._write_card(staged, model_name, kwargs.get("tags"))
 

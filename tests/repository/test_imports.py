@@ -120,7 +120,8 @@ def test_no_class_is_mixed_into_another() -> None:
         if isinstance(node, ast.ClassDef)
     }
     assert not [name for name in classes if "mixin" in name.lower()]
-    assert classes["FastDPOTrainer"] == ["InterruptibleTrainer"]
+    assert classes["FastDPOTrainer"] == ["SavingTrainer"]
+    assert classes["SavingTrainer"] == ["InterruptibleTrainer"]
     assert classes["InterruptibleTrainer"] == ["Trainer"]
 
 
