@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,20 @@ def test_the_digest_of_data_is_of_content_and_order() -> None:
     other = (data.select([1, 0]), data.select([0]), Dataset.from_list(moved), Dataset.from_list([rows[0], rows[0]]))
     digests = {data_digest(each, columns) for each in other} | {data_digest(data, columns[::-1]), digest}
     assert len(digests) == len(other) + 2
+
+
+def test_the_digest_of_data_of_which_rows_were_left_out() -> None:
+    """However the rows that are left are looked up, and past the parts that are read at a time."""
+    rng, columns = random.Random(0), ["prompt_ids", "chosen_ids"]
+    rows = [{name: [rng.randrange(100) for _ in range(rng.randrange(1, 4))] for name in columns} for _ in range(50_000)]
+    left = [row for number, row in enumerate(rows) if number % 101 and not 30_000 < number < 30_500]
+    every = Dataset.from_list(rows)
+    kept = every.select([number for number in range(50_000) if number % 101 and not 30_000 < number < 30_500])
+    assert data_digest(kept, columns) == data_digest(Dataset.from_list(left), columns)
+    assert data_digest(every.select(range(50_000)[::-1]), columns) == data_digest(
+        Dataset.from_list(rows[::-1]), columns
+    )
+    assert data_digest(kept, columns) != data_digest(every.select(range(len(left))), columns)
 
 
 def test_a_file_of_the_same_size_and_time_is_read_again(tmp_path: Path) -> None:
