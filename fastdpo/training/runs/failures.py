@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from fastdpo.training.ranks import Ranks
+from fastdpo.training.runs.checkpoint import CheckpointError
 from fastdpo.training.runs.start import branch_in
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,10 @@ def optimizer_out_of_memory(ranks: Ranks, step: int, output_dir: str, error: Bas
 
 def last_checkpoint(output_dir: str) -> str:
     """Where a run that has failed goes on, in a sentence."""
-    found = branch_in(Path(output_dir))
+    try:
+        found = branch_in(Path(output_dir))
+    except CheckpointError as error:  # this is said beside the failure itself, and must not take its place
+        return f"Look at what was saved: fastdpo verify {output_dir} ({error})."
     if not found:
         return "No checkpoint had been saved yet: start again."
     return f"The last checkpoint, {found[-1]}, is whole: continue with --resume_from_checkpoint last."

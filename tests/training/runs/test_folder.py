@@ -203,6 +203,30 @@ def test_a_save_that_fails_leaves_nothing_and_says_what_is_whole(tmp_path: Path,
     assert resolve_resume(tmp_path, "last") == tmp_path / "checkpoint-2"
 
 
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"), CheckpointError),
+        (RuntimeError("CUDA error: an illegal memory access"), RuntimeError),
+        (
+            torch.distributed.DistBackendError("writev [127.0.0.1]:2345: Broken pipe"),
+            torch.distributed.DistBackendError,
+        ),
+    ],
+)
+def test_only_a_failure_to_write_is_said_to_be_one(error: Exception, raised: type, tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path, **OPTIONS)
+
+    def fails(_: str) -> None:
+        raise error
+
+    trainer._save_optimizer_and_scheduler = fails
+    with pytest.raises(raised) as found:
+        trainer.train()
+    assert type(found.value) is raised
+    assert ("could not be written" in str(found.value)) is (raised is CheckpointError)
+
+
 def test_weights_saved_elsewhere_appear_whole_and_replace_nothing_where_saving_fails(
     copy: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:

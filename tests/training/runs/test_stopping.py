@@ -26,6 +26,8 @@ from fastdpo.training.runs.checkpoint import checkpoints
 from fastdpo.training.runs.failures import OptimizerOutOfMemory
 from fastdpo.training.runs.saving import TRAINER_STATE_FILE
 
+pytestmark = pytest.mark.slow
+
 #: 24 pairs, 8 per step: three steps an epoch. The default AdamW keeps moments.
 OPTIONS: dict[str, Any] = {
     "max_steps": 8,
