@@ -102,6 +102,7 @@ TRAINING_ARGUMENTS = {
     "logging_nan_inf_filter": True,
     "neftune_noise_alpha": 5.0,
     "prediction_loss_only": True,
+    "save_on_each_node": True,
     "torch_compile": True,
     "use_liger_kernel": True,
 }
