@@ -1,7 +1,7 @@
 # make demo   align a small model on this machine       make test   run the tests
 # make lint   format, rules, types                       make dist   build wheel and sdist
 # make test-floor   tests with the oldest triton and transformers that are supported (requirements/floor.txt)
-# make test-kills   kill runs at each of their file operations, resume, compare to the bit (about 15 minutes)
+# make test-kills   kill runs at each of their file operations, resume, compare to the bit (about 20 minutes)
 # make bench  ratios of time and memory against the peers (about 7 minutes)
 # make gpu-kit    gather what a card's machine without a network lacks (PYTHON_VERSION=3.12); then there: bash gpu/prove.sh
 # make test-gpu, make bench-gpu  the tests and the stages of benchmarks.gpu, on this machine's card; without one "Error 3"

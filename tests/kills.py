@@ -1,6 +1,6 @@
 """Kill a run at each of its own file operations, restart it as a person would, and compare to the bit.
 
-python tests/kills.py                     all points of all scenarios: about 15 minutes on two cores (`make test-kills`)
+python tests/kills.py                     all points of all scenarios: about 20 minutes on two cores (`make test-kills`)
 python tests/kills.py --points 40         as many, drawn by --seed, spread over scenarios and kinds of operation
 python tests/kills.py --scenario lazy --list          number and name every operation
 python tests/kills.py --only "lazy:0:17:torn" --keep  one point again, and its folder kept

@@ -187,6 +187,7 @@ class Checkpoints:
             newest = self.folder.newest() if self.args.should_save else None
             last = f"The last whole checkpoint is {newest}." if newest else "No checkpoint had been saved yet."
             cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+            cause += f" ({shutil.disk_usage(self.args.output_dir).free / 2**20:.0f} MiB are free there)"
             raise CheckpointError(
                 f"{staged.name} could not be written into {self.args.output_dir!r}: {cause}. {last} Make room or mend "
                 "the cause, then continue with --resume_from_checkpoint last."
