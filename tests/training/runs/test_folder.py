@@ -196,8 +196,10 @@ def test_a_save_that_fails_leaves_nothing_and_says_what_is_whole(tmp_path: Path,
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(trainer.model, "save_pretrained", full)
-    message = r"checkpoint-4 could not be written into .*: \[Errno 28\] No space left on device \(\d+ MiB are free there\)\. The last whole "
-    with pytest.raises(CheckpointError, match=message + r"checkpoint is .*checkpoint-2\. Make room"):
+    message = (
+        r"checkpoint-4 could not be written into .*: \[Errno 28\] No space left on device \(\d+ MiB are free there\)"
+    )
+    with pytest.raises(CheckpointError, match=message + r"\. The last whole checkpoint is .*checkpoint-2\. Make room"):
         trainer.train()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("_")] == []
     assert resolve_resume(tmp_path, "last") == tmp_path / "checkpoint-2"
