@@ -216,7 +216,9 @@ def _decode(content: bytes, identity: Mapping[str, str], completions: int) -> _E
     try:
         tensors = dict(safetensors.deserialize(content))
     except safetensors.SafetensorError as error:
-        kind = UnusableCacheError if not content or _HEADER.encode() in content else NoCacheError
+        # The beginning of a file that was cut, or the zeros of a disk that crashed, are nobody's work
+        torn = _HEADER.encode() in content or len(content) <= 8 or not any(content)
+        kind = UnusableCacheError if torn else NoCacheError
         raise kind(f"it is torn or no safetensors file ({error})") from error
     # The container is sound, so these reads are in bounds.
     size = int.from_bytes(content[:8], "little")

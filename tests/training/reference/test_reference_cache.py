@@ -184,7 +184,6 @@ CUTS: dict[str, Callable[[bytes, int], bytes]] = {
     "twice": lambda content, data: content * 2,
     "zeros": lambda content, data: bytes(len(content)),
     "header, then zeros": lambda content, data: content[:data] + bytes(len(content) - data),
-    "text": lambda content, data: b"<html>404</html>" * 10,
 }
 
 
@@ -237,12 +236,17 @@ def test_other_format_version_is_not_used(
     assert_unused_then_replaced(file, caplog, "format version 1, this is version 2")
 
 
-def test_other_safetensors_file_is_not_used(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("kind", ["weights", "text"])
+def test_a_file_that_no_cache_has_written_is_not_used_and_stays(
+    kind: str, file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     tiny.llama().save_pretrained(file.parent)
     (file.parent / "model.safetensors").replace(file)
+    if kind == "text":
+        file.write_text("version https://git-lfs.github.com/spec/v1\n")
     content, cache = file.read_bytes(), filled()
     assert ReferenceCache(IDENTITY).load(file) == 0
-    assert "no reference cache" in caplog.text
+    assert ("no reference cache" if kind == "weights" else "no safetensors file") in caplog.text
     with pytest.raises(ForeignFileError, match="no reference cache, so it stays"):
         cache.save(file)
     assert file.read_bytes() == content, "weights that somebody has put there"
