@@ -134,7 +134,7 @@ class RunFolder:
 
     def stage(self, name: str) -> Path:
         """An empty folder aside. Files in one named `file*` are given their names by `publish`, or by `recover`."""
-        self._aside.mkdir(exist_ok=True)
+        self._make_aside()
         staged = self._aside / name
         if staged.exists():
             shutil.rmtree(staged)
@@ -225,7 +225,7 @@ class RunFolder:
             self._run.write(self.path)
 
     def _drop(self, name: str) -> None:
-        self._aside.mkdir(exist_ok=True)
+        self._make_aside()
         removed = self._aside / f"removed-{name}"
         (self.path / name).rename(removed)
         self._discard(removed, name)
@@ -302,6 +302,11 @@ class RunFolder:
         assert self._lock is not None, "the folder is not held"
         self._lock.check()
 
+    def _make_aside(self) -> None:
+        if self._aside.is_symlink():
+            raise CheckpointError(f"{self._aside} is a link, which is not followed. Remove it.")
+        self._aside.mkdir(exist_ok=True)
+
     def _leave_aside(self) -> None:
         if _is_empty(self._aside):
             self._aside.rmdir()
@@ -329,4 +334,4 @@ def _step(name: str) -> int:
 
 
 def _is_empty(folder: Path) -> bool:
-    return folder.is_dir() and not any(folder.iterdir())
+    return folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -300,6 +301,17 @@ def test_a_checkpoint_that_was_moved_and_linked_back_is_the_users(copy: Path, tm
     with pytest.raises(CheckpointError, match="holds checkpoint-4, which no run wrote there"):
         tiny.trainer(copy, **OPTIONS).train(resume_from_checkpoint=str(copy / "checkpoint-2"))
     assert content(moved) == before
+
+
+def test_a_link_in_the_place_of_what_is_written_aside_is_not_followed(copy: Path, tmp_path: Path) -> None:
+    """Its name is the run's id, which can be read by then."""
+    (tmp_path / "outside").mkdir()
+    run = json.loads((copy / RUN_FILE).read_text())["run"]
+    (copy / f"_fastdpo-{run}").symlink_to(tmp_path / "outside")
+    trainer = tiny.trainer(copy, **(OPTIONS | {"max_steps": 6}))
+    with pytest.raises(CheckpointError, match=rf"_fastdpo-{run} is a link, which is not followed"):
+        trainer.train(resume_from_checkpoint="last")
+    assert not list((tmp_path / "outside").iterdir())
 
 
 def test_what_lies_in_the_place_of_a_checkpoint_is_looked_at(copy: Path, tmp_path: Path) -> None:

@@ -183,7 +183,9 @@ def test_the_digest_of_data_is_of_content_and_order() -> None:
     )
     assert {data_digest(each, columns) for each in same} == {digest}
     moved = [{**rows[0], "prompt_ids": [1], "chosen_ids": [2, 3]}, rows[1]]
-    other = (data.select([1, 0]), data.select([0]), Dataset.from_list(moved), Dataset.from_list([rows[0], rows[0]]))
+    cut = [{**rows[0], "prompt_ids": [1]}, {**rows[1], "prompt_ids": [2, 6]}]  # the same ids in other rows
+    made = [Dataset.from_list(each) for each in (moved, cut, [rows[0], rows[0]])]
+    other = (data.select([1, 0]), data.select([0]), *made)
     digests = {data_digest(each, columns) for each in other} | {data_digest(data, columns[::-1]), digest}
     assert len(digests) == len(other) + 2
 
