@@ -20,13 +20,14 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerControl
+from transformers import Trainer, TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from fastdpo.training.memory.plan import get_rng_state, is_out_of_memory, set_rng_state
 from fastdpo.training.runs.callbacks import EvaluationStopped, StopSignals, TrainingInterrupted
 from fastdpo.training.runs.checkpoint import CheckpointError
 from fastdpo.training.runs.failures import NamesStoppedRanks, optimizer_out_of_memory
+from fastdpo.training.runs.saving import TRAINER_STATE_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -73,18 +74,21 @@ class InterruptibleTrainer(Trainer):
         """As transformers', which would go on at the intervals of logs, evaluations and saves of the checkpoint."""
         result = super()._init_training_state(max_steps, *args, **kwargs)
         self.state.compute_steps(self.args, max_steps)
-        if self.resumed_from and self.state.best_global_step:
-            self.state.best_model_checkpoint = self._best_of(str(self.resumed_from), self.state.best_global_step)
+        if self.resumed_from:
+            self.state.best_model_checkpoint = self._best_of(Path(str(self.resumed_from)))
         return result
 
-    def _best_of(self, resumed_from: str, step: int) -> str | None:
+    def _best_of(self, resumed_from: Path) -> str | None:
         """The best checkpoint so far, where it is now: its folder may have been moved, or copied, since."""
-        for folder in (Path(self.args.output_dir), Path(resumed_from).parent):
-            if (folder / f"checkpoint-{step}").is_dir():
-                return str(folder / f"checkpoint-{step}")
+        saved = TrainerState.load_from_json(str(resumed_from / TRAINER_STATE_FILE)).best_model_checkpoint
+        if saved is None:
+            return None
+        for folder in (Path(self.args.output_dir), resumed_from.parent):
+            if (folder / Path(saved).name).is_dir():
+                return str(folder / Path(saved).name)
         if self.args.load_best_model_at_end:
             raise CheckpointError(
-                f"load_best_model_at_end: the best checkpoint so far is that of step {step}, which lies neither in "
+                f"load_best_model_at_end: the best checkpoint so far is {Path(saved).name}, which lies neither in "
                 f"output_dir={self.args.output_dir!r} nor beside {resumed_from}. Put it back, or set it False."
             )
         return None

@@ -370,5 +370,5 @@ def test_the_best_checkpoint_of_a_run_that_was_moved_or_copied_is_its_own(origin
     found = {name: p for name, p in again.model.named_parameters() if p.requires_grad}
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
     shutil.rmtree(copied / "checkpoint-2")
-    with pytest.raises(CheckpointError, match="best checkpoint so far is that of step 2, which lies neither in"):
+    with pytest.raises(CheckpointError, match="best checkpoint so far is checkpoint-2, which lies neither in"):
         tiny.trainer(copied, **OPTIONS, **best).train(resume_from_checkpoint="last")

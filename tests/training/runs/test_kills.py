@@ -36,8 +36,8 @@ def test_killed_runs_resume_to_the_bit() -> None:
     [
         # A checkpoint that holds half of its optimizer is refused, or its two steps are trained again
         ("in place", "torn write run/checkpoint-2/optimizer.pt", r"restart ended with \[1\]|trained: 4 and not 2"),
-        ("one bit", "open run/metrics.json", r"run/adapter_model.safetensors: 1 of \d+ values differ, .* by up to \d"),
-        ("leftover", "rmdir run/mark-", r"run/mark-\d+ is left over"),
+        ("one bit", "file-run/metrics.json", r"run/adapter_model.safetensors: 1 of \d+ values differ, .* by up to \d"),
+        ("leftover", "before rmdir run/mark-", r"run/mark-\d+ is left over"),
     ],
 )  # fmt: skip
 def test_a_defect_is_found(defect: str, point: str, finding: str) -> None:
