@@ -38,8 +38,9 @@ class InterruptibleTrainer(Trainer):
     stop_signals: StopSignals
     #: The checkpoint that this call of `train` has loaded.
     resumed_from: str | bool | None = None
+    #: The step that this call of `train` starts after.
+    first_step: int = -1
     # transformers' own, which have no types
-    _initial_global_step: int = -1
     _tr_loss: Tensor
     control: TrainerControl
     optimizer: Any
@@ -61,7 +62,7 @@ class InterruptibleTrainer(Trainer):
 
     def _has_trained(self) -> bool:
         """Whether this call of `train` has taken a step."""
-        return self.state.global_step > self._initial_global_step
+        return self.state.global_step > self.first_step
 
     def _load_callback_state(self) -> None:
         """As transformers', which would warn of what is no callback's state."""
@@ -74,6 +75,7 @@ class InterruptibleTrainer(Trainer):
         """As transformers', which would go on at the intervals of logs, evaluations and saves of the checkpoint."""
         result = super()._init_training_state(max_steps, *args, **kwargs)
         self.state.compute_steps(self.args, max_steps)
+        self.first_step = self.state.global_step
         if self.resumed_from:
             self.state.best_model_checkpoint = self._best_of(Path(str(self.resumed_from)))
         return result
