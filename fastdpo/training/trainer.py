@@ -389,9 +389,10 @@ class FastDPOTrainer(SavingTrainer):
 
     def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
         """Write the model card: settings, the figures in `results`, sources. `kwargs`: tags, as transformers passes."""
-        with self.saving.published("file-card") as staged:
-            if self.args.should_save:
-                self._write_card(staged, model_name, kwargs.get("tags"))
+        if self.is_world_process_zero():  # transformers' push_to_hub calls it on this rank alone
+            self.saving.publish_alone(
+                "file-card", lambda staged: self._write_card(staged, model_name, kwargs.get("tags"))
+            )
 
     def _write_card(self, folder: Path, name: str | None = None, tags: Any = None) -> None:
         with artifacts.optional(artifacts.CARD_FILE):

@@ -157,6 +157,18 @@ class Checkpoints:
                 if first:
                     shutil.rmtree(staged)
 
+    def publish_alone(self, name: str, write: Callable[[Path], None]) -> None:
+        """`published` without the other ranks, who do not wait for it: of the first one, for what `write` puts into the
+        folder aside."""
+        with self.folder.held():
+            if not self._claimed:
+                self._take(False)
+                self._claimed = True
+            staged = self.folder.stage(name)
+            write(staged)
+            self.folder.publish(staged)
+            shutil.rmtree(staged)
+
     def is_complete(self, step: int) -> bool:
         """Whether the files of the run that ended with `step` are there already, whole; all ranks call it."""
 

@@ -187,6 +187,21 @@ def test_a_finished_run_that_is_resumed_trains_nothing_and_changes_nothing_but_i
     assert content(copy)["adapter_model.safetensors"] == before["adapter_model.safetensors"]
 
 
+def test_a_card_is_written_by_the_first_rank_alone(tmp_path: Path) -> None:
+    """As transformers' push_to_hub calls it: another rank is not there to agree."""
+
+    class Alone:
+        def __getattr__(self, name: str) -> Any:
+            raise AssertionError(f"{name}: the other ranks would be waited for")
+
+    trainer = tiny.trainer(tmp_path, **OPTIONS)
+    trainer.train()
+    trainer.saving.ranks = Alone()
+    trainer.create_model_card()
+    assert "aligned with DPO" in (tmp_path / "README.md").read_text()
+    assert not list(tmp_path.glob("_*"))
+
+
 def test_a_save_that_fails_leaves_nothing_and_says_what_is_whole(tmp_path: Path, monkeypatch: Any) -> None:
     trainer = tiny.trainer(tmp_path, **OPTIONS)
     save = trainer.model.save_pretrained
