@@ -276,7 +276,7 @@ def _read(path: Path, place: str) -> Any:
 def _values(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Every number of nested lists and dicts under its own name; arrays as dtype, shape and bytes."""
     if isinstance(value, torch.Tensor):
-        value = value.detach().contiguous().view(-1)[:0].numpy() if value.numel() == 0 else value.detach().cpu().numpy()
+        value = value.detach().cpu().numpy()
     if isinstance(value, dict):
         for key, each in value.items():
             yield from _values(each, f"{name}.{key}")

@@ -134,10 +134,15 @@ def read_whole(folder: Path) -> Manifest:
     return manifest
 
 
+def step_in(name: str) -> int | None:
+    """N of the name checkpoint-N; None of any other."""
+    match = _CHECKPOINT.match(name)
+    return int(match[1]) if match else None
+
+
 def step_of(folder: Path) -> int | None:
     """N of a folder named checkpoint-N that is no link; None for any other path."""
-    match = _CHECKPOINT.match(folder.name)
-    return int(match[1]) if match and folder.is_dir() and not folder.is_symlink() else None
+    return step_in(folder.name) if folder.is_dir() and not folder.is_symlink() else None
 
 
 def checkpoints(run_dir: str | Path) -> list[Path]:

@@ -25,7 +25,7 @@ from fastdpo.training.durable import (
     remove_incomplete,
 )
 from fastdpo.training.lock import Lock, hold
-from fastdpo.training.runs.checkpoint import MANIFEST, CheckpointError, Manifest, read_manifest
+from fastdpo.training.runs.checkpoint import MANIFEST, CheckpointError, Manifest, read_manifest, step_in
 from fastdpo.training.runs.run_list import RUN_FILE, RunList, SavedCheckpoint
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,10 @@ class RunFolder:
         """Those of the list that are there: first those beside the branch, by step, then the branch."""
         there = [name for name in self._run.checkpoints if self.owns_checkpoint(name)]
         beside = [name for name in there if name not in self._run.branch]
-        return [*sorted(beside, key=_step), *(name for name in self._run.branch if name in there)]
+        return [
+            *sorted(beside, key=lambda name: step_in(name) or 0),
+            *(name for name in self._run.branch if name in there),
+        ]
 
     def newest(self) -> Path | None:
         """The newest checkpoint of the branch that is trained."""
@@ -276,13 +279,12 @@ class RunFolder:
         self._run.write(self.path)
         self._leave_aside()
 
-    def recover(self) -> bool:
-        """Finish what a killed process had begun, and remove what it has left aside. Call it under the lock. Returns
-        whether anything was left."""
+    def recover(self) -> None:
+        """Finish what a killed process had begun, and remove what it has left aside. Call it under the lock."""
         remove_incomplete(self.path / RUN_FILE)
         aside = self._aside
         if aside.is_symlink() or not aside.is_dir():
-            return False
+            return
         for name, saved in list(self._run.checkpoints.items()):
             staged, replaced, final = aside / name, aside / f"replaced-{name}", self.path / name
             if _seal_of(staged) == saved.seal:
@@ -296,7 +298,6 @@ class RunFolder:
             found = digests_of(staged, names_below(staged))
             self._move(staged, [name for name, digest in found.items() if self._run.files.get(name) == digest])
         shutil.rmtree(aside)
-        return True
 
     def _check_lock(self) -> None:
         assert self._lock is not None, "the folder is not held"
@@ -327,10 +328,6 @@ def _is_changed(path: Path, written: FileDigest) -> bool:
     """Whether a file holds something else than the run wrote. Of large ones, which nobody edits, the size tells."""
     size = path.lstat().st_size
     return path.is_symlink() or size != written.bytes or (size <= _READ_BYTES and digest_of(path) != written)
-
-
-def _step(name: str) -> int:
-    return int(name.rpartition("-")[2])
 
 
 def _is_empty(folder: Path) -> bool:

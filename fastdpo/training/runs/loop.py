@@ -175,10 +175,8 @@ class InterruptibleTrainer(Trainer):
         # Before the best weights are loaded and other checkpoints deleted: the step in flight must not be lost.
         if (signum := self.stop_signals.agreed()) is not None:
             self._interrupt(signum, trial)
-        limit, self.args.save_total_limit = (
-            self.args.save_total_limit,
-            None,
-        )  # by which it removes whatever has the name
+        limit = self.args.save_total_limit
+        self.args.save_total_limit = None  # by which transformers removes whatever has the name of a checkpoint
         try:
             result = super()._finalize_training(trial, num_train_samples, start_time)
         finally:

@@ -23,7 +23,7 @@ from fastdpo.training.durable import remove_incomplete
 from fastdpo.training.options import FastDPOConfig
 from fastdpo.training.ranks import Ranks
 from fastdpo.training.reference import ReferenceStore
-from fastdpo.training.runs.checkpoint import CheckpointError, close, faults
+from fastdpo.training.runs.checkpoint import CheckpointError, close, faults, step_in
 from fastdpo.training.runs.folder import RunFolder
 from fastdpo.training.runs.identity import Identity
 from fastdpo.training.runs.run_list import RUN_FILE
@@ -221,8 +221,8 @@ class Checkpoints:
         def work() -> str:
             folder = self.folder
             assert folder.list is not None
-            older = [name for name in folder.owned_checkpoints() if name in folder.list.branch]
-            older = [name for name in older if int(name.rpartition("-")[2]) < state.global_step]
+            branch = [name for name in folder.owned_checkpoints() if name in folder.list.branch]
+            older = [name for name in branch if (step_in(name) or 0) < state.global_step]  # a step may be saved again
             manifest = close(
                 staged,
                 run=folder.list.run,

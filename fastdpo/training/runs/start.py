@@ -1,5 +1,5 @@
-"""Whether a run may start in a folder, and from which checkpoint. Nothing is changed here: a refused start leaves no
-trace.
+"""Whether a run may start in a folder, and from which checkpoint. A refused start leaves no trace; only of a run that
+is resumed, what a killed process had begun is finished first (`begin_start`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fastdpo.training.runs.checkpoint import (
     checkpoints,
     read_manifest,
     read_whole,
+    step_in,
     step_of,
 )
 from fastdpo.training.runs.folder import RunFolder
@@ -262,7 +263,7 @@ def _refuse_foreign(folder: RunFolder, run: RunList | None, needed: Iterable[str
     there = [name for name in (*_MODEL_FILES, *needed) if os.path.lexists(path / name)]
     foreign = [name for name in there if not folder.owns(name) and not folder.is_pending(name)]
     for each in path.iterdir() if path.is_dir() else ():
-        taken = _step_in(each.name)
+        taken = step_in(each.name)
         if taken is not None and taken > after and not folder.owns_checkpoint(each.name):
             foreign.append(each.name)
     if foreign:
@@ -270,8 +271,3 @@ def _refuse_foreign(folder: RunFolder, run: RunList | None, needed: Iterable[str
             f"output_dir={str(path)!r} holds {', '.join(sorted(foreign)[:4])}, which no run wrote there, or which was "
             "changed since: that stays, and this run needs the names. Move it away, or give another folder."
         )
-
-
-def _step_in(name: str) -> int | None:
-    head, _, number = name.rpartition("-")
-    return int(number) if head == "checkpoint" and number.isdigit() else None
