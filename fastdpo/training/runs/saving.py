@@ -20,6 +20,7 @@ from transformers import TrainerState
 from transformers.trainer_callback import ExportableState
 
 from fastdpo.training.durable import remove_incomplete
+from fastdpo.training.lock import LockedError
 from fastdpo.training.options import FastDPOConfig
 from fastdpo.training.ranks import Ranks
 from fastdpo.training.reference import ReferenceStore
@@ -190,6 +191,8 @@ class Checkpoints:
         """Around all writes of a checkpoint: one that fails leaves nothing behind, and says what is whole."""
         try:
             yield
+        except LockedError:  # no failure to write: the folder is another process's by now
+            raise
         except (OSError, SafetensorError, RuntimeError) as error:
             # torch writes archives in C++ and says so in a RuntimeError; another one is no failure to write
             if isinstance(error, RuntimeError) and not any(name in str(error) for name in _ARCHIVE_WRITERS):

@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from fastdpo.training.runs.checkpoint import CheckpointError, checkpoints
 from fastdpo.training.runs.folder import LOCK_FILE
@@ -185,6 +186,19 @@ def test_a_finished_run_that_is_resumed_trains_nothing_and_changes_nothing_but_i
     assert not resumed.parts.checkpoints.is_complete(4)
     resumed.save_model()
     assert content(copy)["adapter_model.safetensors"] == before["adapter_model.safetensors"]
+
+
+def test_nothing_is_published_by_a_run_that_has_lost_its_lock(tmp_path: Path) -> None:
+    """As after a suspension in which another process took it over."""
+
+    class Lost(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                (tmp_path / LOCK_FILE).unlink()
+
+    with pytest.raises(OSError, match="is no longer locked by this process"):
+        tiny.trainer(tmp_path, callbacks=[Lost()], **OPTIONS).train()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"]
 
 
 def test_a_card_is_written_by_the_first_rank_alone(tmp_path: Path) -> None:
