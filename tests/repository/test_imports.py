@@ -14,7 +14,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 #: From the ground up; what stands on one floor may not import from its neighbours. A name covers what is below it.
 FLOORS = (
-    ("fastdpo.version", "fastdpo_kernels.rng", "fastdpo_kernels.device_math", "fastdpo_kernels.launch_checks"),
+    (
+        "fastdpo.version",
+        "fastdpo.shown",
+        "fastdpo_kernels.rng",
+        "fastdpo_kernels.device_math",
+        "fastdpo_kernels.launch_checks",
+    ),
     ("fastdpo_kernels", "fastdpo.data", "fastdpo.formulas"),
     ("fastdpo.ops",),
     ("fastdpo.loss",),
