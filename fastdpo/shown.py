@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from rich.console import Console
+from rich.markup import escape
+
 
 def shown(value: object, *, lines: bool = False) -> str:
     r"""`str(value)` with every character that is not printable as its escape ("\x1b", "\u202e", "\ud83d").
@@ -26,6 +29,16 @@ def listed(names: Iterable[object], limit: int = 5) -> str:
     found = list(names)
     more = f" and {len(found) - limit} more" if len(found) > limit else ""
     return ", ".join(repr(name) for name in found[:limit]) + more
+
+
+def markup(value: object) -> str:
+    """`shown` for a text in which rich reads markup: brackets in it stay brackets."""
+    return escape(shown(value))
+
+
+def terminal(*, stderr: bool = False) -> Console:
+    """The console that commands print to: no colours that depend on the text, no emoji codes, no lines broken."""
+    return Console(stderr=stderr, highlight=False, emoji=False, soft_wrap=True)
 
 
 def _escape(character: str) -> str:

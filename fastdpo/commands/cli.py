@@ -1,18 +1,19 @@
 """The command `fastdpo`: train, verify, demo, estimate, info, each in a file of its name.
 
-Exit codes: 0 done; 1 the run failed (a non-finite loss, memory in the optimizer's step, another rank); 2 an option,
-file or model cannot be used; 128 + n stopped by signal n after saving a checkpoint.
+Exit codes: 0 done; 1 the run failed (a non-finite loss, memory, another rank); 2 an option, file, model or machine
+cannot be used; 3 a defect, of fastdpo or of a library under it; 128 + n stopped by signal n after saving a checkpoint.
 """
 
 from __future__ import annotations
 
-import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 
-from rich.console import Console
-
+from fastdpo.commands.output import make_output_visible
+from fastdpo.commands.stages import doing, run_of
+from fastdpo.shown import shown, terminal
 from fastdpo.version import __version__
 
 _HELP = """usage: fastdpo COMMAND [options]
@@ -92,36 +93,52 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _reported(command: Callable[[], int]) -> int:
-    """Run `command`, turning the errors that a user can mend into one message and an exit code."""
+    """Run `command`; whatever it raises becomes a sentence and an exit code (`verdicts`)."""
     for name, capacity in _ONEDNN_CACHES.items():
         os.environ.setdefault(name, capacity)
-    # At import, with Hugging Face's `kernels` installed: an inference kernel cannot be fetched. It is never used here.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    make_output_visible()
     from fastdpo.training.runs.callbacks import TrainingInterrupted
-    from fastdpo.training.runs.failures import OptimizerOutOfMemory, RankStopped
-    from fastdpo.training.runs.nonfinite import NonFiniteLossError
 
-    console = Console(stderr=True, soft_wrap=True)
-    message: Exception
     try:
-        return command()
+        code = command()
+        sys.stdout.flush()
+        return code
     except TrainingInterrupted as stop:
         return int(stop.code or 0)  # the trainer has said what it saved
     except KeyboardInterrupt:
-        console.print("[bold yellow]stopped[/bold yellow] outside of a training step. What had been saved is intact.")
+        _say("stopped", "outside of a training step. What had been saved is intact.", style="bold yellow")
         return 130
-    except RankStopped:
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except Exception as error:
+        if os.environ.get(TRACEBACK) == "1":
+            raise
+        return _report(error)
+
+
+def _report(error: Exception) -> int:
+    from fastdpo.commands.tracebacks import keep_traceback
+    from fastdpo.commands.verdicts import DEFECT, verdict
+    from fastdpo.training.runs.failures import RankStopped, last_checkpoint
+
+    if isinstance(error, RankStopped):
         return 1  # the trainer has said which, and why
-    except (NonFiniteLossError, OptimizerOutOfMemory) as error:
-        code, message = 1, error
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        code, message = 2, error
-    if os.environ.get(TRACEBACK) == "1":
-        raise message
-    console.print(f"[bold red]error[/bold red] {type(message).__name__}: ", end="", highlight=False)
-    console.print(str(message), markup=False, highlight=False)
-    console.print(f"({TRACEBACK}=1 shows where it was raised)", style="dim", markup=False)
-    return code
+    found = verdict(error)
+    _say(found.title, found.sentence, style="bold red")
+    if found.code == DEFECT and doing(error) == "training":
+        _say("", last_checkpoint(str(run_of(error))), style="")
+    kept = keep_traceback(error) if found.code == DEFECT else None
+    where = f"the traceback is in {kept}" if kept else f"{TRACEBACK}=1 shows where it was raised"
+    terminal(stderr=True).print(shown(f"({where})"), style="dim", markup=False)
+    return found.code
+
+
+def _say(title: str, sentence: str, *, style: str) -> None:
+    console = terminal(stderr=True)
+    if title:
+        console.print(title, style=style, markup=False, end=" ")
+    console.print(shown(sentence, lines=True), markup=False)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from fastdpo.commands.options import make_parser, parse
+from fastdpo.commands.stages import stage
 from fastdpo.estimate.options import EstimateConfig
 from fastdpo.estimate.prediction import Estimate
 from fastdpo.estimate.timing import KINDS
+from fastdpo.shown import markup, terminal
 from fastdpo.training.options import ModelConfig
 
 _DESCRIPTION = """Predict the peak memory of a training run, part by part, the time split of a step, and the largest
@@ -26,17 +28,19 @@ micro-batch and pair that a card holds. Reads a configuration, no weights; needs
 
 def main(argv: list[str]) -> int:
     """Parse, predict, print. Returns 0; raises what `fastdpo.commands.cli` reports."""
-    parser = make_parser("fastdpo estimate", _DESCRIPTION, ModelConfig, EstimateConfig)
-    if "--demo" in argv:
-        parser.set_defaults(**demo_settings())
-    model, config = parse(parser, argv)
-    if config.demo and "--demo" not in argv:
-        raise ValueError("demo=True acts as the flag --demo only, as it changes the other options' defaults.")
-    estimate = Estimate(model, config)
+    with stage("reading the options"):
+        parser = make_parser("fastdpo estimate", _DESCRIPTION, ModelConfig, EstimateConfig)
+        if "--demo" in argv:
+            parser.set_defaults(**demo_settings())
+        model, config = parse(parser, argv)
+        if config.demo and "--demo" not in argv:
+            raise ValueError("demo=True acts as the flag --demo only, as it changes the other options' defaults.")
+    with stage("predicting"):
+        estimate = Estimate(model, config)
     if config.json:
         print(json.dumps(estimate.as_dict(), indent=1))
     else:
-        print_estimate(estimate, Console(highlight=False, soft_wrap=True))
+        print_estimate(estimate, terminal())
     return 0
 
 
@@ -56,7 +60,7 @@ def print_estimate(estimate: Estimate, console: Console) -> None:
     shape = estimate.run.shape
     with_checkpointing = "with" if estimate.checkpointing else "without"
     console.print(
-        f"[bold]predicted[/bold] for {estimate.model.model_name_or_path}, nothing was run; "
+        f"[bold]predicted[/bold] for {markup(estimate.model.model_name_or_path)}, nothing was run; "
         f"{with_checkpointing} checkpointing, {estimate.run.pairs_per_step} pairs per step, the longest of "
         f"{shape.prompt} + 2 x {shape.completion} = {shape.tokens} tokens"
     )
@@ -71,7 +75,7 @@ def _memory_table(estimate: Estimate) -> Table:
     for name in ("part", "MB", ""):
         table.add_column(name, justify="right" if name == "MB" else "left")
     for part in estimate.parts:
-        table.add_row(part.name, f"{part.bytes / 1e6:,.0f}", part.note)
+        table.add_row(markup(part.name), f"{part.bytes / 1e6:,.0f}", markup(part.note))
     table.add_section()
     table.add_row("peak", f"{estimate.total() / 1e6:,.0f}", f"{estimate.total() / 2**30:.2f} GiB")
     return table
@@ -84,7 +88,7 @@ def _fit_table(estimate: Estimate) -> Table:
     for fit in estimate.fits:
         pair = fit.longest_pair
         table.add_row(
-            fit.gpu_memory,
+            markup(fit.gpu_memory),
             "on" if fit.checkpointing else "off",
             f"{fit.micro_batch_tokens:,}" if fit.micro_batch_tokens else "none",
             f"{pair.tokens:,} tokens, max_length {pair.prompt + pair.completion:,}" if pair else "none",

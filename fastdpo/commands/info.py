@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastdpo.ops.backends import backends, resolve_backend
+from fastdpo.shown import markup, terminal
 from fastdpo.version import __version__
 
 _PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "trl", "liger-kernel")
@@ -62,7 +63,7 @@ def quantisation() -> dict[str, str]:
 
 def print_info(console: Console | None = None) -> None:
     """Print everything as one table."""
-    console = console or Console()
+    console = console or terminal()
     table = Table(show_header=False, box=None, pad_edge=False)
     sections = {"versions": versions(), "devices": devices(), "quantisation": quantisation()}
     auto = resolve_backend("auto")
@@ -73,5 +74,5 @@ def print_info(console: Console | None = None) -> None:
     for title, rows in sections.items():
         table.add_row(f"[bold]{title}[/bold]", "")
         for name, value in rows.items():
-            table.add_row(f"  {name}", value)
+            table.add_row(f"  {name}", markup(value))
     console.print(table)

@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fastdpo.commands.options import make_parser, option_file, parse
+from fastdpo.commands.stages import beside, stage
 from fastdpo.data import load_preferences
+from fastdpo.shown import markup, shown, terminal
 from fastdpo.training.models.loading import load_model, load_tokenizer, lora_config
 from fastdpo.training.options import DataConfig, FastDPOConfig, ModelConfig
 from fastdpo.training.ranks import Ranks
@@ -33,9 +35,11 @@ Every flag of transformers' TrainingArguments is accepted, or refused by name; -
 
 def main(argv: list[str]) -> int:
     """Parse, load, train, evaluate, save. Returns 0; raises what `fastdpo.commands.cli` reports."""
-    parser = make_parser("fastdpo train", _DESCRIPTION, ModelConfig, DataConfig, FastDPOConfig)
-    model_config, data_config, args = parse(parser, argv)
-    run(model_config, data_config, args, option_file(argv))
+    with stage("reading the options"):
+        parser = make_parser("fastdpo train", _DESCRIPTION, ModelConfig, DataConfig, FastDPOConfig)
+        model_config, data_config, args = parse(parser, argv)
+    with beside(args.output_dir):
+        run(model_config, data_config, args, option_file(argv))
     PartialState().destroy_process_group()  # nothing without one; its threads must not outlive the interpreter
     return 0
 
@@ -47,53 +51,61 @@ def run(
 
     option_file: where the options were read from; it stays also where it is the run's that is overwritten.
     """
-    console = Console()
     if model_config.model_name_or_path is None:
         raise ValueError("model_name_or_path is required: a local folder or a hub name.")
     if data_config.dataset_name_or_path is None:
         raise ValueError("dataset_name_or_path is required: a local file or folder, or a hub name.")
     sources = _sources(model_config, data_config)
     folder, ranks = RunFolder(args.output_dir), Ranks(args.process_index, args.world_size, args.device)
-    with held_by_first(folder, ranks, args.should_save):
+    with stage("looking at output_dir"), held_by_first(folder, ranks, args.should_save):
         # Before anything is read or changed; the trainer looks again when it takes the folder over
         def check() -> None:
             begin_start(folder, args.resume_from_checkpoint, overwrite=args.overwrite_output_dir, sources=sources)
 
         ranks.by_first(check if args.should_save else None)
-        train_dataset, eval_dataset = load_datasets(data_config)
-        tokenizer = load_tokenizer(model_config)
-        trainer = FastDPOTrainer(
-            load_model(model_config),
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            peft_config=lora_config(model_config),
-        )
+        with stage("reading the pairs"):
+            train_dataset, eval_dataset = load_datasets(data_config)
+        with stage("loading the tokenizer"):
+            tokenizer = load_tokenizer(model_config)
+        with stage("loading the model"):
+            model = load_model(model_config)
+        with stage("preparing the run"):
+            trainer = FastDPOTrainer(
+                model,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=tokenizer,
+                peft_config=lora_config(model_config),
+            )
         trainer.parts.checkpoints.protect(sources, keep=[Path(option_file)] if option_file else [])
         options = {**_set_options(model_config), **_set_options(data_config)}
-        return _train(trainer, console, options, evaluates=eval_dataset is not None)
+        return _train(trainer, terminal(), options, evaluates=eval_dataset is not None)
 
 
 def _train(trainer: FastDPOTrainer, console: Console, options: dict[str, Any], *, evaluates: bool) -> dict[str, Any]:
     """Train, save the weights, and only then what can be done without."""
     main_process, folder = trainer.is_world_process_zero(), trainer.args.output_dir
     for name, report in trainer.tokenization.items() if main_process else ():
-        console.print(f"{name} pairs: {report.summary()}", highlight=False)
-    results = dict(trainer.train().metrics)
+        console.print(f"{name} pairs: {report.summary()}", markup=False)
+    with stage("training", begun=True):
+        results = dict(trainer.train().metrics)
     if not results:  # the run that was resumed had taken its last step
         results = metrics_of(Path(folder))
         if trainer.parts.checkpoints.is_complete(trainer.state.global_step):
             if main_process:
-                console.print(f"{folder} holds the finished run, whole; nothing was changed", highlight=False)
+                console.print(f"{shown(folder)} holds the finished run, whole; nothing was changed", markup=False)
             return results
-    trainer.save_model(_internal_call=True)  # before the evaluation, which may be interrupted
+    with stage("saving the weights", begun=True):
+        trainer.save_model(_internal_call=True)  # before the evaluation, which may be interrupted
     if evaluates:
-        results |= trainer.evaluate()
-    trainer.save_run(results, options)
+        with stage("evaluating", begun=True):
+            results |= trainer.evaluate()
+    with stage("writing figures and card", begun=True):
+        trainer.save_run(results, options)
     if main_process:
         console.print(_summary(results))
-        console.print(f"saved in {folder}", highlight=False)
+        console.print(f"saved in {shown(folder)}", markup=False)
     return results
 
 
@@ -140,5 +152,5 @@ def _summary(results: dict[str, Any]) -> Table:
     table = Table(title="result", show_header=False)
     for name, value in results.items():
         if isinstance(value, float):
-            table.add_row(name, f"{value:.4g}")
+            table.add_row(markup(name), f"{value:.4g}")
     return table

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from fastdpo.shown import markup, terminal
 from fastdpo.training.durable import names_below
 from fastdpo.training.runs.checkpoint import MANIFEST, CheckpointError, faults, read_manifest
 from fastdpo.training.runs.folder import RunFolder
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("folder", metavar="FOLDER", help="an output_dir, or a checkpoint in it")
     folder = Path(parser.parse_args(argv).folder).expanduser()
-    console = Console(highlight=False, soft_wrap=True)
+    console = terminal()
     if (folder / MANIFEST).is_file():
         wrong = check_checkpoint(folder, console)
         if not wrong:
@@ -56,12 +56,12 @@ def check_checkpoint(folder: Path, console: Console) -> list[str]:
     except CheckpointError as error:
         manifest, wrong = None, [str(error)]
     for fault in wrong:
-        console.print(f"  [red]{escape(fault)}[/red]")
+        console.print(f"  [red]{markup(fault)}[/red]")
     if manifest is not None:
         parent = "the start" if manifest.parent is None else manifest.parent[0]
         state = f"{len(wrong)} of {len(manifest.files)} files are not" if wrong else f"{len(manifest.files)} files are"
         resumable = "" if manifest.resumable else "; it holds no optimizer to resume with"
-        console.print(f"{escape(str(folder))}: step {manifest.step}, from {parent}: {state} what was saved{resumable}")
+        console.print(f"{markup(folder)}: step {manifest.step}, from {parent}: {state} what was saved{resumable}")
         _print_others(folder, {*manifest.files, MANIFEST}, console)
     return wrong
 
@@ -70,12 +70,12 @@ def check_run(folder: Path, run: RunList, console: Console) -> list[str]:
     """Print the same of a run: its files, every checkpoint, and from which it would be resumed; returns the faults."""
     wrong = faults(folder, run.files)
     for fault in wrong:
-        console.print(f"  [red]{escape(fault)}[/red]")
+        console.print(f"  [red]{markup(fault)}[/red]")
     if any(folder.glob(f"_fastdpo-{run.run}/*")):
         wrong.append("cut short")
         console.print("  [red]a save was cut short (or is going on): the next start of the run finishes it[/red]")
     finished = "not finished" if run.finished is None else f"finished at step {run.finished}"
-    console.print(f"{escape(str(folder))}: {finished}, {len(run.files)} files beside its checkpoints")
+    console.print(f"{markup(folder)}: {finished}, {len(run.files)} files beside its checkpoints")
     own = RunFolder(folder)
     own.list = run
     for name in own.owned_checkpoints():
@@ -90,7 +90,7 @@ def check_run(folder: Path, run: RunList, console: Console) -> list[str]:
     _print_others(folder, listed, console)
     branch = branch_in(folder)
     if branch:
-        console.print(f"--resume_from_checkpoint last takes {escape(str(branch[-1]))}")
+        console.print(f"--resume_from_checkpoint last takes {markup(branch[-1])}")
         try:
             _print_identity(read_manifest(branch[-1]).identity, console)
         except CheckpointError as error:
@@ -102,7 +102,7 @@ def _print_others(folder: Path, own: set[str], console: Console) -> None:
     others = [name for name in names_below(folder) if name not in own and not name.startswith("_")]
     if others:
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-        console.print(f"  not the run's: {escape(', '.join(others[:5]))}{more}")
+        console.print(f"  not the run's: {markup(', '.join(others[:5]))}{more}")
 
 
 def _print_identity(identity: Mapping[str, Any], console: Console) -> None:
@@ -110,5 +110,5 @@ def _print_identity(identity: Mapping[str, Any], console: Console) -> None:
     for kind, title in (("fixed", "must be the same"), ("noted", "honoured, and said")):
         table.add_row(f"[bold]{title}[/bold]", "")
         for name, value in identity[kind].items():
-            table.add_row(f"  {escape(name)}", escape(str(value)))
+            table.add_row(f"  {markup(name)}", markup(value))
     console.print(table)

@@ -24,6 +24,7 @@ from fastdpo.data import load_preferences
 from fastdpo.demo.baseline import bag_of_words_accuracy
 from fastdpo.demo.report import Snapshot, print_report, results_of, take_snapshot
 from fastdpo.demo.smollm2 import prepare_model
+from fastdpo.shown import markup, terminal
 from fastdpo.training.models.loading import load_model, load_tokenizer, lora_config
 from fastdpo.training.options import FastDPOConfig, ModelConfig
 from fastdpo.training.runs.artifacts import METRICS_FILE, metrics_of
@@ -73,7 +74,7 @@ class DemoConfig:
 
 def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
     """The demo; returns the figures that it prints."""
-    console = console or Console(highlight=False)
+    console = console or terminal()
     started = psutil.Process().create_time()  # importing torch and transformers counts
     _quieten()
     folder = RunFolder(config.output_dir)
@@ -98,8 +99,8 @@ def _run(config: DemoConfig, console: Console, started: float, resume: str | Non
         processing_class=tokenizer,
         peft_config=lora_config(model_config),
     )
-    console.print(f"[bold]3.[/bold] training pairs: {trainer.tokenization['train'].summary()}")
-    console.print(f"   evaluation pairs: {trainer.tokenization['eval'].summary()}")
+    console.print(f"[bold]3.[/bold] training pairs: {markup(trainer.tokenization['train'].summary())}")
+    console.print(f"   evaluation pairs: {markup(trainer.tokenization['eval'].summary())}")
     before = take_snapshot(trainer, DATA / "eval.meta.jsonl")
     count = _choose_pairs(config, trainer, before, started, resume)
     available = len(trainer.train_dataset)
@@ -108,7 +109,7 @@ def _run(config: DemoConfig, console: Console, started: float, resume: str | Non
     trainer.train_dataset = trainer.train_dataset.select(range(count))
     training = trainer.train(resume_from_checkpoint=resume)
     if not training.metrics and trainer.parts.checkpoints.is_complete(trainer.state.global_step):
-        console.print(f"{config.output_dir} holds the finished run, whole; nothing was changed")
+        console.print(f"{markup(config.output_dir)} holds the finished run, whole; nothing was changed")
         return metrics_of(Path(config.output_dir))
     trainer.save_model()
     console.print("[bold]5.[/bold] evaluating and generating again")
@@ -120,7 +121,7 @@ def _run(config: DemoConfig, console: Console, started: float, resume: str | Non
     _add_total_time(trainer, files, results)
     print_report(console, before, after, results)
     saved = ", ".join(path.name for path in files)
-    console.print(f"saved in {config.output_dir}: adapter_model.safetensors, tokenizer, {saved}")
+    console.print(f"saved in {markup(config.output_dir)}: adapter_model.safetensors, tokenizer, {saved}")
     return results
 
 
