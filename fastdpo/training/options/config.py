@@ -13,6 +13,7 @@ from fastdpo.loss import DynamicBeta
 from fastdpo.training.options.fields import check_fields, like, metadata_of, parameter
 from fastdpo.training.options.losses import check_losses, loss_options, loss_parameters, make_dynamic_beta
 from fastdpo.training.options.optimizer import automatic_optimizer
+from fastdpo.training.options.paths import check_paths
 from fastdpo.training.options.refused import refuse_unsupported
 from fastdpo.training.options.secrets import without_secrets
 from fastdpo.training.options.sizes import (
@@ -178,6 +179,7 @@ class FastDPOConfig(TrainingArguments):
         if isinstance(self.loss_weights, (int, float)):
             self.loss_weights = [self.loss_weights]
         check_fields(self)
+        check_paths(self)
         checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None  # type: ignore[assignment]
         super().__post_init__()
         self.gradient_checkpointing = checkpointing

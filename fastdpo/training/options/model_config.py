@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from fastdpo.training.options.fields import check_conditions, check_fields
+from fastdpo.training.options.paths import check_paths
 
 _LORA_OPTIONS = (
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "use_rslora", "use_dora",
@@ -79,6 +80,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_paths(self)
         met = {"load_in_4bit"} if self.load_in_4bit else set()
         met |= {"fresh LoRA"} if self.use_lora and not self.adapter_name_or_path else set()
         check_conditions(self, met, _MODEL_CONDITIONS)
@@ -116,3 +118,4 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_paths(self)
