@@ -29,7 +29,7 @@ ERRORS = (
     "AssertionError('boom')", "RuntimeError('boom')", "NotImplementedError('boom')", "RecursionError('boom')",
     "ZeroDivisionError('boom')", "OverflowError('boom')", "StopIteration('boom')", "EOFError('boom')",
     "UnicodeDecodeError('utf-8', b'boom', 0, 1, 'boom')", "ImportError('boom')", "Exception('boom')", "OSError('boom')",
-    "FileNotFoundError('boom')", "PermissionError('boom')", "TimeoutError('boom')", "KeyError('\\x1b[2Jboom')",
+    "FileNotFoundError('boom')", "PermissionError('boom')", "TimeoutError('boom')", "ValueError('\\x1b[2Jboom')",
     "RuntimeError('')",
 )  # fmt: skip
 #: The types with which fastdpo refuses what it is given.
