@@ -19,6 +19,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 
+from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
+
 from fastdpo.commands.stages import begun, doing
 from fastdpo.training.memory.plan import is_out_of_memory
 from fastdpo.training.runs.failures import OptimizerOutOfMemory
@@ -27,10 +31,13 @@ from fastdpo.training.runs.nonfinite import NonFiniteLossError
 FAILED, REFUSED, DEFECT = 1, 2, 3
 #: Types by which fastdpo, and the libraries under it, refuse what they are given.
 _REFUSALS = (ValueError, TypeError, OSError, ImportError)
-#: Libraries whose refusals are answers to what a user has named: options, files, models.
+#: Libraries whose refusals are answers to what a user has named: options, files, models, data sets of the hub.
 _ANSWERING = {
     "accelerate", "bitsandbytes", "datasets", "huggingface_hub", "peft", "safetensors", "tokenizers", "transformers",
+    "httpcore", "httpcore2", "httpx", "httpx2",
 }  # fmt: skip
+#: Further types of theirs: of broken weights, of data sets, of the connection to the hub.
+_ANSWERS = (*_REFUSALS, SafetensorError, DatasetsError, HfHubHTTPError.__bases__[0])
 #: Characters of somebody else's message that are shown.
 _LONGEST = 600
 #: The machine's causes and what to do about them.
@@ -77,7 +84,7 @@ def verdict(error: Exception) -> Verdict:
     if isinstance(error, OSError) and error.errno is not None:
         return Verdict(REFUSED, title, _of_the_machine(error))
     whose = next((name for name in map(_package, (f for f, _ in reversed(frames))) if not _is_standard(name)), "")
-    if isinstance(error, _REFUSALS) and whose in _ANSWERING and not begun(error):
+    if isinstance(error, _ANSWERS) and whose in _ANSWERING and not begun(error):
         return Verdict(REFUSED, title, f"{_while(error)}, {whose} says: {_short(error)}")
     told = f" ({_short(error)})" if str(error) else ""
     defect = (
