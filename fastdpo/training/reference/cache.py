@@ -228,7 +228,7 @@ def _decode(content: bytes, identity: Mapping[str, str], completions: int) -> _E
     try:
         header = json.loads(text)
         version, checksum, stored = header["version"], header.pop("checksum"), dict(header["identity"])
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UnusableCacheError(f"its header is corrupted ({type(error).__name__}: {error})") from error
     keys, logps = (tensors.get(name, {}) for name in ("keys", "logps"))
     if checksum != _checksum(header, keys.get("data", b""), logps.get("data", b"")):

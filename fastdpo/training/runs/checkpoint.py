@@ -98,7 +98,7 @@ def _refuse_other_format(path: Path) -> None:
     try:
         content = json.loads(path.read_bytes())
         found = content.get("format", 1)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise BrokenSealError(f"{path} is not readable ({error})") from error
     if found != FORMAT:
         raise CheckpointError(

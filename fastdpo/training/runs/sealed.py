@@ -27,7 +27,7 @@ def unsealed(path: Path) -> dict[str, Any]:
     raw = path.read_bytes()
     try:
         content = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # nested without end
         raise BrokenSealError(f"{path} is not readable ({error})") from error
     if not isinstance(content, dict) or sealed({k: v for k, v in content.items() if k != SEAL}) != raw:
         raise BrokenSealError(f"{path} was changed since it was written: its seal does not fit")

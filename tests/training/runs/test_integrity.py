@@ -70,6 +70,10 @@ def test_any_flipped_bit_of_a_manifest_is_noticed(copy: Path) -> None:
         path.write_bytes(flipped(raw, byte, rng.randrange(8)))
         with pytest.raises(CheckpointError, match=MANIFEST):
             read_whole(path.parent)
+    for content in (b"[" * 99_999, b"9" * 9_999, b"\xff{}", b"NaN", b"\0" * 99, b"[]", b""):  # nor what is no manifest
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=MANIFEST):
+            read_whole(path.parent)
 
 
 @pytest.mark.parametrize("how", ["cut", "gone", "bit", "no manifest"])
