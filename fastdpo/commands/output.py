@@ -27,6 +27,8 @@ def make_output_visible() -> None:
     # At import, with Hugging Face's `kernels` installed: an inference kernel cannot be fetched. It is never used here.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     warnings.formatwarning = _format_warning
+    # How libraries will call each other one day is nothing that the person at the terminal can change
+    warnings.filterwarnings("ignore", category=FutureWarning, module="accelerate|datasets|peft|torch|transformers")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
