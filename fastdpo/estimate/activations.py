@@ -28,7 +28,7 @@ from fastdpo.ops.linear_logprob.tiles import WORKSPACE
 from fastdpo.training.memory.counting import Line, LiveBytes, workspaces
 from fastdpo.training.memory.head_workspace import head_workspace_of, trained_head_workspace
 from fastdpo.training.options import ModelConfig
-from fastdpo.training.rows.attention import Segment, Segments, segments_active
+from fastdpo.training.rows.attention import Segment, Segments, UnsupportedAttention, segments_active
 from fastdpo.training.scoring.head import Head
 
 #: The longest sequence that is counted.
@@ -263,11 +263,16 @@ class ConfigCounter:
         if row.tokens > (most := counted_tokens(row.shape)):
             return self._lines_between(row.shape, most // 2, most).at(row.tokens)
         if row not in self._counts:
-            workspace = self.training.workspace
-            found = [count_live(each.model, row, workspace=workspace, **self.options(each)) for each in self.skeletons]
+            found = [self._counted(each, row) for each in self.skeletons]
             deep = len(found) > 1
             self._counts[row] = found[0].extrapolated(found[1], self.layers - SHALLOW[1]) if deep else found[0]
         return self._counts[row]
+
+    def _counted(self, skeleton: Skeleton, row: Row) -> Live:
+        try:
+            return count_live(skeleton.model, row, workspace=self.training.workspace, **self.options(skeleton))
+        except UnsupportedAttention as error:  # a model that is trained in padded rows
+            raise ValueError(f"the memory of this model cannot be predicted: {error}") from error
 
     def options(self, skeleton: Skeleton) -> dict[str, Any]:
         """The options of `micro_batch` for one of the skeletons."""

@@ -117,6 +117,8 @@ def test_a_dropped_router_loss_is_refused_with_the_same_sentence(tmp_path: Path)
     with pytest.raises(ValueError, match="auxiliary loss") as expected:
         refuse_router_loss(config, None)
     assert str(found.value) == str(expected.value)
+    with pytest.raises(ValueError, match=r"cannot be predicted: MixtralAttention gives its attention"):
+        estimate(str(tmp_path), router_aux_loss_coef=0.0)
 
 
 @pytest.mark.parametrize(
