@@ -5,7 +5,8 @@ follows, through the modules and kernels' schemas that training uses. `LiveBytes
     kept        at the end of the forward: everything that the backward needs
     peak        the most at any moment of forward and backward
 Both are linear in the tokens of a row of pairs of one shape. `ConfigCounter` counts without weights, on two shallow
-models, and extrapolates over the layers.
+models, and extrapolates over the layers; and rows of up to `counted_tokens`, beyond which it draws the line on: what it
+takes itself is bounded, whatever is asked.
 """
 
 from __future__ import annotations
@@ -27,8 +28,13 @@ from fastdpo.ops.linear_logprob.tiles import WORKSPACE
 from fastdpo.training.memory.counting import Line, LiveBytes, workspaces
 from fastdpo.training.memory.head_workspace import head_workspace_of, trained_head_workspace
 from fastdpo.training.options import ModelConfig
-from fastdpo.training.rows.attention import Segment, Segments, segments_active
+from fastdpo.training.rows.attention import Segment, Segments, UnsupportedAttention, segments_active
 from fastdpo.training.scoring.head import Head
+
+#: The longest sequence that is counted.
+MAX_LENGTH = 2**20
+#: Tokens and pairs of the longest row that is counted, though never fewer pairs than MIN_PAIRS.
+COUNTED_TOKENS, COUNTED_PAIRS, MIN_PAIRS = 2**20, 32, 4
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,14 @@ class Row:
     @property
     def scored(self) -> int:
         """Completion tokens: rows that reach the head."""
-        return sum(chosen + rejected for _, chosen, rejected in self.pairs())
+        whole, rest = divmod(self.tokens, self.shape.tokens)
+        return whole * 2 * self.shape.completion + rest - -(-rest * self.shape.prompt // self.shape.tokens)
+
+
+def counted_tokens(shape: PairShape) -> int:
+    """Tokens of the longest row of such pairs that is counted, an even number of pairs; of longer ones by its line."""
+    pairs = min(COUNTED_PAIRS, COUNTED_TOKENS // shape.tokens // 2 * 2)
+    return max(MIN_PAIRS, pairs) * shape.tokens
 
 
 @dataclass(frozen=True)
@@ -234,7 +247,7 @@ class ConfigCounter:
     def __init__(self, config: PretrainedConfig, training: Training) -> None:
         self.training = training
         self._counts: dict[Row, Live] = {}
-        self._lines: dict[PairShape, ActivationModel] = {}
+        self._lines: dict[tuple[PairShape, int], ActivationModel] = {}
         self.layers: int = config.get_text_config().num_hidden_layers
         depths = SHALLOW if self.layers > SHALLOW[-1] and has_equal_layers(config) else (self.layers,)
         self.skeletons = [self._skeleton(with_layers(config, depth)) for depth in depths]
@@ -247,12 +260,19 @@ class ConfigCounter:
 
     def count(self, row: Row) -> Live:
         """`count_live` at full depth."""
+        if row.tokens > (most := counted_tokens(row.shape)):
+            return self._lines_between(row.shape, most // 2, most).at(row.tokens)
         if row not in self._counts:
-            workspace = self.training.workspace
-            found = [count_live(each.model, row, workspace=workspace, **self.options(each)) for each in self.skeletons]
+            found = [self._counted(each, row) for each in self.skeletons]
             deep = len(found) > 1
             self._counts[row] = found[0].extrapolated(found[1], self.layers - SHALLOW[1]) if deep else found[0]
         return self._counts[row]
+
+    def _counted(self, skeleton: Skeleton, row: Row) -> Live:
+        try:
+            return count_live(skeleton.model, row, workspace=self.training.workspace, **self.options(skeleton))
+        except UnsupportedAttention as error:  # a model that is trained in padded rows
+            raise ValueError(f"the memory of this model cannot be predicted: {error}") from error
 
     def options(self, skeleton: Skeleton) -> dict[str, Any]:
         """The options of `micro_batch` for one of the skeletons."""
@@ -265,10 +285,13 @@ class ConfigCounter:
 
     def lines(self, shape: PairShape) -> ActivationModel:
         """Through a row of two pairs and a row of four."""
-        if shape not in self._lines:
-            first, second = ((size, self.count(Row(size, shape))) for size in (2 * shape.tokens, 4 * shape.tokens))
-            self._lines[shape] = ActivationModel.through(first, second)
-        return self._lines[shape]
+        return self._lines_between(shape, 2 * shape.tokens, 4 * shape.tokens)
+
+    def _lines_between(self, shape: PairShape, first: int, second: int) -> ActivationModel:
+        if (shape, first) not in self._lines:
+            ends = ((size, self.count(Row(size, shape))) for size in (first, second))
+            self._lines[shape, first] = ActivationModel.through(*ends)
+        return self._lines[shape, first]
 
 
 def _autocast(dtype: torch.dtype | None) -> AbstractContextManager[Any]:

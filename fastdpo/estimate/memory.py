@@ -21,6 +21,7 @@ from torch.nn import functional
 from transformers import AutoTokenizer, PretrainedConfig
 
 from fastdpo.estimate.activations import (
+    MAX_LENGTH,
     ActivationModel,
     ConfigCounter,
     Live,
@@ -43,8 +44,6 @@ GPU_FRAGMENTS = 0.1
 _LOADED = ("runtime", "weights", "quantisation constants")
 #: Largest budgets and lengths are found to this many tokens; the shortest pair that is tried.
 TOKEN_STEP, MIN_PAIR = 8, 16
-#: Longest sequence that is looked for where a model states none.
-MAX_POSITIONS = 2**20
 #: Rounds in which the lines are drawn anew near the pair that was found.
 REFINEMENTS = 3
 #: bitsandbytes' 8-bit optimizers: smaller parameters keep float32 states; one float32 constant per block and state.
@@ -245,7 +244,8 @@ class MemoryEstimator:
         def alone(tokens: int) -> Run:
             return replace(run, shape=run.shape.scaled(tokens), micro_batch_tokens=1)
 
-        positions = getattr(self.config.get_text_config(), "max_position_embeddings", MAX_POSITIONS)
+        stated = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        positions = min(stated or MAX_LENGTH, MAX_LENGTH)
         most = run.shape.tokens * positions // (run.shape.prompt + run.shape.completion)
         shape, tokens = run.shape, 0
         for _ in range(REFINEMENTS):  # on a CPU the bytes per token grow with the pair

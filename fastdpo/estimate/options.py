@@ -9,20 +9,22 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from accelerate.utils.modeling import convert_file_size_to_int
 
-from fastdpo.estimate.activations import PairShape
+from fastdpo.estimate.activations import MAX_LENGTH, PairShape
 from fastdpo.estimate.devices import GPUS, Device
 from fastdpo.training.options import FastDPOConfig
 from fastdpo.training.options.fields import check_fields, like
 from fastdpo.training.options.sizes import (
     DEFAULT_MICRO_BATCH_TOKENS,
+    bytes_of,
     check_lengths,
     check_micro_batch_tokens,
     check_offloading,
     head_workspace_bytes,
 )
 
+#: The most cards that are compared, pairs of a step, and digits of a budget; more is a slip of the keyboard.
+MAX_CARDS, MAX_PAIRS, MAX_DIGITS = 32, 2**24, 18
 _CPU = "cpu"
 _NAMES = [_CPU, *(gpu.name for gpu in GPUS)]
 
@@ -64,6 +66,7 @@ class EstimateConfig:
         FastDPOConfig, "head_workspace", "On a GPU, what the head's exponentials of a chunk may take."
     )
     bf16: bool | None = like(FastDPOConfig, "bf16", "bfloat16 autocast. Default: on for a GPU.")
+    router_aux_loss_coef: float | None = like(FastDPOConfig, "router_aux_loss_coef")
     demo: bool = field(
         default=False,
         metadata={"help": "Start from the settings of `fastdpo demo`. Only as a flag; others override it."},
@@ -72,6 +75,7 @@ class EstimateConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        self._check_magnitudes()
         check_lengths(
             self, least="at least 1.", names=("max_length", "max_prompt_length", "per_device_train_batch_size")
         )
@@ -85,6 +89,17 @@ class EstimateConfig:
         if self.on_cpu and self.gpu_memory:
             raise ValueError(f"gpu_memory={self.gpu_memory!r} has no effect with device='cpu'; name a GPU or neither.")
         self.cards()
+
+    def _check_magnitudes(self) -> None:
+        """Raise ValueError for what is beyond any run, before anything is computed with it."""
+        most = {"max_length": MAX_LENGTH, "max_prompt_length": MAX_LENGTH, "per_device_train_batch_size": MAX_PAIRS}
+        for name, bound in most.items():
+            if (getattr(self, name) or 0) > bound:
+                raise ValueError(f"{name} is more than {bound:,}, the most that is predicted for; lower it.")
+        if len(self.gpu_memory) > MAX_CARDS:
+            raise ValueError(f"gpu_memory names {len(self.gpu_memory)} cards; at most {MAX_CARDS} at once.")
+        if len(self.micro_batch_tokens) > MAX_DIGITS:
+            raise ValueError(f"micro_batch_tokens has more than {MAX_DIGITS} digits; 'auto' or a number of tokens.")
 
     @property
     def on_cpu(self) -> bool:
@@ -107,10 +122,7 @@ class EstimateConfig:
 
 
 def _size(text: str) -> int:
-    try:
-        size = convert_file_size_to_int(text.upper().replace("IB", "iB"))
-    except ValueError as error:
-        raise ValueError(f"gpu_memory={text!r}: a size such as 12GB, 24GiB or 8000MB.") from error
+    size = bytes_of("gpu_memory", text)
     if size <= 0:
         raise ValueError(f"gpu_memory={text!r}: a positive size such as 12GB.")
     return size

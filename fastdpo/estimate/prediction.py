@@ -19,6 +19,7 @@ from fastdpo.estimate.devices import measured_cpu
 from fastdpo.estimate.memory import MemoryEstimator, Part, Run, Surroundings
 from fastdpo.estimate.options import EstimateConfig
 from fastdpo.estimate.timing import StepTimes, optimizer_seconds, time_micro_batch
+from fastdpo.training.models.setup import refuse_router_loss
 from fastdpo.training.options import ModelConfig
 from fastdpo.training.options.sizes import DEFAULT_MICRO_BATCH_TOKENS, head_workspace_bytes
 
@@ -43,6 +44,7 @@ class Estimate:
             raise ValueError(f"model_name_or_path is required: a local folder, a hub name, or one of {known}.")
         self.model, self.config = model, config
         self.architecture = find_config(model.model_name_or_path, model.model_revision, model.trust_remote_code)
+        refuse_router_loss(self.architecture, config.router_aux_loss_coef)
         self.surroundings = self._surroundings(model.model_name_or_path)
         self.device = measured_cpu(self._dtype()) if config.on_cpu else config.gpu()
         self._estimators: dict[bool, MemoryEstimator] = {}

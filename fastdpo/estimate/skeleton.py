@@ -13,20 +13,24 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft import get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
+from fastdpo.shown import shown
 from fastdpo.training.memory.plan import enable_checkpointing
 from fastdpo.training.models.dropout import disable_dropout
 from fastdpo.training.models.loading import lora_config, quantization_config
+from fastdpo.training.models.setup import check_trainable_causal_lm, with_adapter
 from fastdpo.training.options import ModelConfig
 from fastdpo.training.rows.choice import obstacle, segment_obstacle
 from fastdpo.training.scoring.head import Head, find_head
 
 #: Weights per quantisation constant, and constants per constant of the second quantisation; bitsandbytes' defaults.
 BLOCK, NESTED_BLOCK = 64, 256
+
+#: Options of the adapter → the most that is counted with.
+_LARGEST = {"lora_r": 2**17, "lora_alpha": 2**53}
 
 
 class Skeleton:
@@ -51,14 +55,17 @@ class Skeleton:
             raise ValueError(
                 "use_dora=True cannot be predicted: it starts from the norms of the weights, which are not read."
             )
+        for name, most in _LARGEST.items():
+            if getattr(options, name) > most:
+                raise ValueError(f"{name} is more than {most:,}, the most that is predicted for; lower it.")
         self.dtype, self.mode = dtype, FakeTensorMode(allow_non_fake_inputs=True)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = bare_model(config, dtype)
+            check_trainable_causal_lm(model)
             if quantization := quantization_config(options):
                 quantization.bnb_4bit_compute_dtype = dtype
                 quantize(model, quantization)
-            if adapter := lora_config(options):
-                model = get_peft_model(model, adapter, low_cpu_mem_usage=True)
+            model = with_adapter(model, lora_config(options))
         if reason := obstacle(model) or segment_obstacle(model, keeps_dropout=False):
             raise ValueError(
                 f"the memory of a model with {type(config).__name__} cannot be predicted, as rows of it do not hold "
@@ -76,6 +83,18 @@ class Skeleton:
         enable_checkpointing(self.model, {"use_reentrant": False})
 
 
+def bare_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The causal LM of a configuration, on the meta device. Raises ValueError where transformers can make none."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"transformers can build no model from the {type(config).__name__} of {config.name_or_path!r}: "
+            f"{type(error).__name__}: {shown(error)}. Compare its config.json with the original's."
+        ) from error
+
+
 def with_layers(config: PretrainedConfig, count: int) -> PretrainedConfig:
     """A copy of `config` with its first `count` layers."""
     shallow = copy.deepcopy(config)
@@ -91,8 +110,7 @@ def has_equal_layers(config: PretrainedConfig) -> bool:
     text = config.get_text_config()
     if len(set(getattr(text, "layer_types", None) or [None])) > 1:
         return False
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = bare_model(config)
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == text.num_hidden_layers:
             kinds = {tuple((name, p.shape) for name, p in layer.named_parameters()) for layer in module}

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastdpo.estimate.activations import SHALLOW, ConfigCounter, Row, micro_batch
+from fastdpo.estimate.activations import SHALLOW, ConfigCounter, Row, counted_tokens, micro_batch
 from fastdpo.estimate.devices import Device
 from fastdpo.ops.linear_logprob.tiles import FUSED_ROWS, MAX_ROWS
 
@@ -130,9 +130,20 @@ class PassTimes:
     seconds: dict[str, float]
     flops: dict[str, float]
 
+    def extrapolated(self, other: PassTimes, steps: float) -> PassTimes:
+        """`steps` times the difference to `other` further on."""
+        return PassTimes(
+            _extrapolated(self.seconds, other.seconds, steps), _extrapolated(self.flops, other.flops, steps)
+        )
+
 
 def time_micro_batch(counter: ConfigCounter, row: Row, device: Device, *, training: bool) -> PassTimes:
     """A micro-batch of a training pass, forward and backward, or of a scoring pass."""
+    if row.tokens > (most := counted_tokens(row.shape)):
+        half, whole = (
+            time_micro_batch(counter, Row(size, row.shape), device, training=training) for size in (most // 2, most)
+        )
+        return half.extrapolated(whole, (row.tokens - most) / (most - most // 2))
     options = counter.training.options
     found = []
     visible = sum(item.queries * item.prefix + item.queries * (item.queries + 1) // 2 for item in row.segments().items)
@@ -148,13 +159,11 @@ def time_micro_batch(counter: ConfigCounter, row: Row, device: Device, *, traini
     if len(found) == 1:
         return found[0]
     steps = counter.layers - SHALLOW[1]
-    return PassTimes(
-        _extrapolated(found[0].seconds, found[1].seconds, steps), _extrapolated(found[0].flops, found[1].flops, steps)
-    )
+    return found[0].extrapolated(found[1], steps)
 
 
-def _extrapolated(first: dict[str, float], second: dict[str, float], steps: int) -> dict[str, float]:
-    return {kind: value + steps * (value - first[kind]) for kind, value in second.items()}
+def _extrapolated(first: dict[str, float], second: dict[str, float], steps: float) -> dict[str, float]:
+    return {kind: value + steps * (value - first.get(kind, 0.0)) for kind, value in second.items()}
 
 
 def optimizer_seconds(parameter_bytes: int, state_bytes: int, device: Device) -> float:

@@ -125,8 +125,9 @@ class _Reference(NamedTuple):
         """Of the chosen and of the rejected completions, each (B,); nothing if there is no reference."""
         logps = None if self.logps is None else self.logps.detach()
         if self.hidden is not None and self.weight is not None:
-            with torch.no_grad():
-                logps = head.token_logps(self.hidden, self.weight, self.bias, targets, rows)
+            # Detached: no_grad leaves forward mode on, which is to see constants too
+            bias = None if self.bias is None else self.bias.detach()
+            logps = head.token_logps(self.hidden.detach(), self.weight.detach(), bias, targets, rows)
         if logps is not None and logps.dim() == 2:
             logps = _sequence_logps(logps.masked_fill(~scored, 0.0), weights)
         return () if logps is None else logps.chunk(2)
@@ -177,7 +178,8 @@ def linear_preference_loss(
         backend: "auto", "torch" or "triton", for head and loss.
 
     Returns:
-        Loss, losses, rewards, margins, plan, policy's log-probs. Differentiable once, in hidden, weight and bias.
+        Loss, losses, rewards, margins, plan, policy's log-probs. Differentiable once, by backward, in
+        hidden, weight and bias; other derivatives raise, as in `linear_logprob`.
 
     Raises:
         ValueError, TypeError: an option, shape, dtype or device that does not fit, named with its value, before any

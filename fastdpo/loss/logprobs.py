@@ -57,10 +57,12 @@ def linear_logprob(
 
     Returns:
         (...) log-probs in float32 (float64 for float64), 0 where ignored; with `stats`, also {name: (...)}, 0 or False
-        where ignored. A second derivative raises.
+        where ignored.
 
     Raises:
         ValueError, TypeError: an option, shape, dtype, device or target that does not fit, named with its value.
+        NotImplementedError: for another derivative than the first by backward: a second one, forward mode, torch.func's
+            transforms but vmap. `fastdpo.formulas.oracle` has them.
     """
     check_head_options(stats, temperature=temperature, logit_scale=logit_scale, softcap=softcap)
     check_head_tensors(hidden, weight, bias, targets)
@@ -149,9 +151,10 @@ def selective_logprob(
             memory is the compiler's there.
 
     Returns:
-        (...) log-probs in float32 (float64 for float64), 0 where ignored. A second derivative raises.
+        (...) log-probs in float32 (float64 for float64), 0 where ignored.
 
     Raises:
+        NotImplementedError: as `linear_logprob`.
         ValueError, TypeError: an option, a shape, a dtype, a device or a target that does not fit, with its value.
         RuntimeError: in the backward, if `inplace_backward` meets retain_graph or create_graph.
     """

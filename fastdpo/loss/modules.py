@@ -35,7 +35,7 @@ class FusedLinearDPOLoss(nn.Module):
     are then saved with this module and committed in training mode. Every loss of `preference_loss` is there, and lists
     of losses. `label_smoothing` acts on "sigmoid" too, and an option that the loss does not read is refused. Without
     `ref_weight` the reference is scored with the policy's head. A completion without targets scores 0, not NaN. Only
-    the loss carries a gradient.
+    the loss carries a gradient, which has no derivative (`linear_logprob`).
 
     Args:
         ignore_index: the target of prompt and padding.

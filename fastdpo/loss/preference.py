@@ -66,7 +66,7 @@ def preference_loss(
 
     Returns:
         Loss, losses, rewards, margins; with a `DynamicBeta` also its plan, for this rank's pairs. Loss and losses are
-        differentiable once; a second derivative raises.
+        differentiable: with triton once, by backward (`ops.first_order`), with torch in every way.
 
     Raises:
         ValueError: an option unknown, out of range or without effect; missing reference or lengths; shapes other than

@@ -15,7 +15,11 @@ from typing import Any
 
 import torch
 
+from fastdpo.ops import first_order
+
 NAMESPACE = "fastdpo"
+#: What it registers lasts as long as it.
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def define(
@@ -26,6 +30,7 @@ def define(
     *,
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
+    oracle: str | None = None,
 ) -> torch._ops.OpOverload:
     """Register `torch.ops.fastdpo.<name>` and return it.
 
@@ -33,8 +38,9 @@ def define(
         schema: as torch.library takes it; the last argument is `str backend`.
         fake: shapes and dtypes of the outputs from those of the inputs; raises where they do not fit.
         implementations: backend → "module:function". The function takes the operator's arguments less the backend.
-        backward, setup_context: as for `torch.library.register_autograd`. Without them the operator has no derivative
-            and raises when one is asked for, which is how a second derivative is refused.
+        backward, setup_context: as for `torch.library.register_autograd`. They give the first derivative; another one
+            raises (`first_order`), and without them any.
+        oracle: the function of `fastdpo.formulas.oracle` that computes the same, where it has another name.
     """
     qualified = f"{NAMESPACE}::{name}"
     torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -54,16 +60,11 @@ def define(
 
     torch.library.impl(qualified, "default", call)
     torch.library.register_fake(qualified, fake)
+    operator: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
     if "!" not in schema:  # what overwrites its input can carry no autograd
-        torch.library.register_autograd(qualified, backward or _refuse(name), setup_context=setup_context)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
-
-
-def _refuse(name: str) -> Callable[..., Any]:
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(f"fastdpo::{name} has no derivative: a second derivative (create_graph) is not supported.")
-
-    return backward
+        autograd = first_order.kernel(operator, oracle or name, backward, setup_context)
+        _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
+    return operator
 
 
 @functools.cache

@@ -251,14 +251,6 @@ def test_compiles_as_one_graph(trained: tuple[str, ...], backend: str) -> None:
     torch._dynamo.reset()
 
 
-def test_a_second_derivative_raises() -> None:
-    data = problem()
-    hidden = data["hidden"].requires_grad_()
-    (grad,) = torch.autograd.grad(linear_preference_loss(**data).loss, hidden, create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(grad.nansum(), hidden)
-
-
 def changed(**changes: Any) -> dict[str, Any]:
     """The arguments of a good call, with changes; None leaves one out."""
     return {name: value for name, value in {**problem(), **changes}.items() if value is not None}

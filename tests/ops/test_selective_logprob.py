@@ -238,16 +238,6 @@ def test_gradcheck(backend: str) -> None:
     assert torch.autograd.gradcheck(logps, logits.requires_grad_())
 
 
-def test_a_second_derivative_raises(backend: str) -> None:
-    logits, targets = rows_of(3, 5)
-    logits.requires_grad_()
-    (gradient,) = torch.autograd.grad(
-        selective_logprob(logits, targets, backend=backend).exp().sum(), logits, create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="selective_logprob_backward has no derivative"):
-        gradient.square().sum().backward()
-
-
 # The in-place backward
 
 

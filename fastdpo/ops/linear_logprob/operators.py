@@ -2,7 +2,7 @@
 
 A frozen head: d logp_t/d h_t depends on no loss, so the forward computes it while a tile is in the cache (two GEMMs in
 all) and the backward scales each row by dL/dlogp_t. A trainable weight or bias: the backward recomputes the tiles, and
-computes only the gradients that are needed. Neither backward has a derivative, so a second one raises.
+computes only the gradients that are needed. Neither backward has a derivative (`ops.first_order`).
 
 `unit_gradient` asks for the first of these; `disposable` says that the caller drops that output, so that the backward
 may write its result there instead of holding N × H twice. `workspace` bounds the bytes of a GPU's buffer.
@@ -133,7 +133,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     ignore_index = ctx.options[0]
     if ignore_index is not None:
         grad = grad.masked_fill(targets == ignore_index, 0.0)
-    if ctx.disposable and type(grad) is Tensor and _is_freed_afterwards(gradient):
+    if ctx.disposable and _is_plain(grad) and _is_freed_afterwards(gradient):
         scale = scale_rows_ if ctx.backend == "torch" else scale_rows_at_once_
         return scale(gradient, grad), None, None, *nothing
     return torch.ops.fastdpo.linear_logprob_scale(gradient, grad, ctx.backend), None, None, *nothing
@@ -142,10 +142,14 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
 def _is_freed_afterwards(saved: Tensor) -> bool:
     """Whether nobody can ask for a saved tensor again, so that its memory may take the result.
 
-    Not if the graph is kept, nor if the backward is itself recorded or traced (a tracer's tensors are of a subclass).
+    Not if the graph is kept, nor if the backward is traced.
     """
-    kept = torch._C._autograd._get_current_graph_task_keep_graph()
-    return type(saved) is Tensor and not kept and not torch.is_grad_enabled()
+    return _is_plain(saved) and not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether x is neither a tracer's, which are of a subclass, nor a batch of vmap's, which stands for its parts."""
+    return type(x) is Tensor and torch._C._has_storage(x)
 
 
 _BACKENDS = "fastdpo.ops.linear_logprob.backends"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastdpo.formulas.checks import check_plan_tensors, check_preference_tensors
 from fastdpo.ops.preference_loss.operators import PackedLoss, PackedPlan, PairTensors, unpacked_together
+from fastdpo.ops.preference_loss.rows import expand_rows
 from fastdpo_kernels.preference_loss import dynamic_beta, sequence_logps
 from fastdpo_kernels.preference_loss import loss as kernels
 
@@ -38,13 +39,6 @@ def planned_preference_loss(*arguments: Any) -> tuple[Tensor, ...]:
 def plan_batch(margins: Tensor, m0: Tensor, sigma: Tensor, step: Tensor, *options: Any) -> tuple[Tensor, ...]:
     check_plan_tensors(margins, m0, sigma, step, backend="triton")
     return dynamic_beta.dynamic_beta(margins, m0, sigma, step, *PackedPlan.unpacked(*options).flat())
-
-
-def expand_rows(values: Tensor, boundaries: Tensor, num_tokens: int) -> Tensor:
-    """(R,) values → (N,), each token its row's; 0 outside the rows."""
-    positions = torch.arange(num_tokens, device=values.device)
-    row = torch.searchsorted(boundaries, positions, right=True)
-    return torch.nn.functional.pad(values, (1, 1))[row]
 
 
 def scale_diagonal(

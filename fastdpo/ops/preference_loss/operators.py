@@ -291,6 +291,7 @@ planned_preference_loss = define(
     {"triton": f"{_TRITON}:planned_preference_loss"},
     backward=_backward,
     setup_context=_save,
+    oracle="preference_loss",
 )
 preference_loss_backward = define(
     "preference_loss_backward",
@@ -316,7 +317,7 @@ expand_rows = define(
     "expand_rows",
     "(Tensor values, Tensor boundaries, int num_tokens, str backend) -> Tensor",
     lambda values, boundaries, num_tokens, backend: values.new_empty(num_tokens),
-    {"triton": f"{_TRITON}:expand_rows"},
+    {"triton": "fastdpo.ops.preference_loss.rows:expand_rows"},
 )
 row_sums = define(
     "row_sums",

@@ -3,7 +3,7 @@
 The forward reads the logits once and keeps two numbers per row, peak = max_v x_v and log Σ_v exp((x_v − peak)/T),
 apart, as their sum would lose the digits of p where logits are large. The backward reads the logits once more and
 writes dL/dlogits = grad/T·(1[v = y] − p_v) once, in their dtype: into new memory, or over the logits themselves for
-`selective_logprob_inplace_backward`. Neither backward has a derivative: a second one raises.
+`selective_logprob_inplace_backward`. Neither backward has a derivative (`ops.first_order`).
 """
 
 from __future__ import annotations
@@ -145,4 +145,5 @@ selective_logprob_inplace_backward = define(
     _implementations("forward"),
     backward=_inplace_backward,
     setup_context=_setup_context,
+    oracle="selective_logprob",
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from transformers import (
@@ -20,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from fastdpo.shown import shown
 from fastdpo.training.options import ModelConfig
 
 
@@ -56,7 +58,13 @@ def load_config(name_or_path: str, revision: str | None = None, trust_remote_cod
     """The configuration of a causal LM. Raises FileNotFoundError, OSError, ValueError."""
     name_or_path = os.path.expanduser(name_or_path)
     _check_model_path(name_or_path)
-    config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, StrictDataclassError) as error:
+        raise ValueError(
+            f"model={name_or_path!r}: transformers can read no configuration from its config.json: "
+            f"{type(error).__name__}: {shown(error)}. Compare the file with the original's."
+        ) from error
     if type(config) not in AutoModelForCausalLM._model_mapping and not getattr(config, "auto_map", None):
         raise ValueError(
             f"model={name_or_path!r} is a {type(config).__name__}, which has no causal language-model head. "

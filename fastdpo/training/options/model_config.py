@@ -84,6 +84,11 @@ class ModelConfig:
         met = {"load_in_4bit"} if self.load_in_4bit else set()
         met |= {"fresh LoRA"} if self.use_lora and not self.adapter_name_or_path else set()
         check_conditions(self, met, _MODEL_CONDITIONS)
+        if self.load_in_4bit and not self.use_lora and self.adapter_name_or_path is None:
+            raise ValueError(
+                "use_lora=False trains every weight, but load_in_4bit=True quantises them, and quantised weights "
+                "cannot be trained. Leave one of the two out."
+            )
         if self.lora_r < 1:
             raise ValueError(f"lora_r={self.lora_r}: the rank of a LoRA is at least 1; 8 to 64 are usual.")
         if not 0.0 <= self.lora_dropout < 1.0:

@@ -26,13 +26,13 @@ def bytes_of(name: str, size: str) -> int:
     """A size such as 12GB or 8GiB in bytes. Raises ValueError, naming the option, for anything else."""
     try:
         return int(convert_file_size_to_int(size.upper()))
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:  # the latter of an infinite one
         raise ValueError(f"{name}={size!r}: a size such as 12GB or 8GiB.") from error
 
 
 def check_micro_batch_tokens(tokens: str) -> None:
     """Raise ValueError for what is neither "auto" nor a number of tokens."""
-    if tokens != "auto" and (not str(tokens).isdigit() or int(tokens) < 1):
+    if tokens != "auto" and (not str(tokens).isdecimal() or int(tokens) < 1):
         raise ValueError(f"micro_batch_tokens={tokens!r}: 'auto' or a number of at least 1.")
 
 
