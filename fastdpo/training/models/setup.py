@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from peft import PeftConfig, PeftModel
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from fastdpo.training.models.adapters import with_adapter
 from fastdpo.training.models.dropout import disable_dropout
-from fastdpo.training.models.loading import load_causal_lm
+from fastdpo.training.models.loading import load_causal_lm, read_tokenizer
 from fastdpo.training.models.quantized import is_quantized, keep_quantized_layers_trainable
 from fastdpo.training.options import FastDPOConfig
 
@@ -67,7 +68,7 @@ def resolve_model(
         kwargs = dict(args.model_init_kwargs or {})
         if quantization is not None:
             kwargs["quantization_config"] = quantization
-        return load_causal_lm(model, **kwargs)
+        return load_causal_lm(model, argument=argument, **kwargs)
     if quantization is not None and argument == "model":
         raise ValueError(
             "quantization_config acts while a model is loaded, but model is an object. Pass model by name."
@@ -131,30 +132,10 @@ def resolve_tokenizer(processing_class: Any, model: PreTrainedModel) -> PreTrain
     if processing_class is None:
         if not model.config._name_or_path:
             raise ValueError("processing_class is missing, and model was not loaded by a name that says which it is.")
-        return AutoTokenizer.from_pretrained(model.config._name_or_path)
+        return read_tokenizer(model.config._name_or_path, "processing_class")
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(f"processing_class is a {type(processing_class).__name__}; a text tokenizer is needed.")
     return processing_class
-
-
-def with_adapter(model: PreTrainedModel, peft_config: PeftConfig | None) -> PreTrainedModel:
-    if peft_config is None:
-        if is_quantized(model) and not isinstance(model, PeftModel):
-            raise ValueError("model is quantised, so its weights cannot be trained. Pass peft_config=LoraConfig(...).")
-        if not any(p.requires_grad for p in model.parameters()):
-            raise ValueError(
-                "model has no trainable parameter. Load the adapter with is_trainable=True, or pass peft_config."
-            )
-        return model
-    if not isinstance(peft_config, PeftConfig):
-        raise TypeError(f"peft_config is a {type(peft_config).__name__}; give a peft.LoraConfig.")
-    if isinstance(model, PeftModel):
-        raise ValueError(
-            "model has an adapter already. Train that further without peft_config, or merge_and_unload() it first."
-        )
-    if peft_config.is_prompt_learning:
-        raise ValueError(f"peft_config={type(peft_config).__name__} adds virtual tokens; use LoRA.")
-    return get_peft_model(model, peft_config)
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer | None, model: PreTrainedModel) -> None:
