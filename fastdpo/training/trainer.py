@@ -32,6 +32,7 @@ from fastdpo.data import TokenizationReport
 from fastdpo.loss.dynamic_beta import DynamicBeta
 from fastdpo.ops.backends import resolve_backend
 from fastdpo.training.datasets import Tokenization
+from fastdpo.training.models.limits import limits_of
 from fastdpo.training.models.quantized import is_quantized
 from fastdpo.training.models.setup import (
     adapter_files,
@@ -126,7 +127,7 @@ class FastDPOTrainer(SavingTrainer):
         folded = fold_accumulation(args)
         self.objective = PreferenceObjective(folded) if objective is None else objective
         refuse_unread_options(self.objective, folded)
-        self.tokenize = Tokenization(self.objective, self.tokenizer, args)
+        self.tokenize = Tokenization(self.objective, self.tokenizer, args, limits_of(model, ref_model))
         #: Final figures, for the model card.
         self.results: dict[str, Any] = {}
         super().__init__(

@@ -120,7 +120,7 @@ def check_names(model: PreTrainedModel, config: Any) -> None:
     for option in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, option, None) or {}
         for pattern in patterns:
-            _guarded(option, lambda pattern=pattern: re.compile(pattern))
+            _matches(option, pattern, "")  # on its own, for the message
         lost = [p for p in patterns if not any(_matches(option, rf"(.*\.)?({p})", name) for name in taken)]
         if lost:
             raise ValueError(_nothing(model, config, option, lost, sorted(taken)))
@@ -144,7 +144,11 @@ def _with(config: Any, **changes: Any) -> Any:
 
 def _targeted(config: Any, modules: Iterable[str]) -> set[str]:
     """Those that peft would adapt: without what is excluded, saved in full, or in another layer."""
-    return {name for name in modules if _guarded("target_modules", lambda: check_target_module_exists(config, name))}
+
+    def taken(name: str) -> Any:
+        return _guarded("target_modules", lambda: check_target_module_exists(config, name))
+
+    return {name for name in modules if taken(name)}
 
 
 def _named(name: str, there: Iterable[str]) -> bool:

@@ -80,14 +80,14 @@ def check_weights(model: PreTrainedModel, found: Mapping[str, Any], source: str)
     wrong_file = "Give the folder of this very model, whole, or train a copy that was saved with all its weights."
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
-            f"{source}: its files lack {len(missing)} weights of the {type(model).__name__}, {missing[0]!r} first: they "
-            f"would be random. {wrong_file}"
+            f"{source}: its files lack {len(missing)} weights of the {type(model).__name__}, {missing[0]!r} first: "
+            f"they would be random. {wrong_file}"
         )
     if mismatched := sorted(found["mismatched_keys"]):
         name, there, needed = mismatched[0]
         raise ValueError(
-            f"{source}: {len(mismatched)} weights have another shape than the {type(model).__name__} of its config.json, "
-            f"{name!r} first: {tuple(there)} in the file, {tuple(needed)} in the model. {wrong_file}"
+            f"{source}: {len(mismatched)} weights have another shape than the {type(model).__name__} of its "
+            f"config.json, {name!r} first: {tuple(there)} in the file, {tuple(needed)} in the model. {wrong_file}"
         )
     unexpected = sorted(found["unexpected_keys"])
     own = {_NUMBERS.sub("#", name) for name in model.state_dict()}

@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from fastdpo.training.models.adapters import with_adapter
 from fastdpo.training.models.dropout import disable_dropout
 from fastdpo.training.models.loading import load_causal_lm, read_tokenizer
-from fastdpo.training.models.quantized import is_quantized, keep_quantized_layers_trainable
+from fastdpo.training.models.quantized import keep_quantized_layers_trainable
 from fastdpo.training.options import FastDPOConfig
 
 logger = logging.getLogger(__name__)
