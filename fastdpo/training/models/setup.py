@@ -11,8 +11,10 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from fastdpo.shown import listed
 from fastdpo.training.models.adapters import with_adapter
 from fastdpo.training.models.dropout import disable_dropout
+from fastdpo.training.models.finite import frozen_weights, nonfinite, trained_weights
 from fastdpo.training.models.loading import load_causal_lm, read_tokenizer
 from fastdpo.training.models.quantized import keep_quantized_layers_trainable
 from fastdpo.training.options import FastDPOConfig
@@ -52,8 +54,9 @@ def prepare_models(
     ref_model = None if ref_model is None else resolve_model(ref_model, args, quantization, "ref_model")
     check_models(model, ref_model, args)
     model = with_adapter(model, peft_config)
-    for each in (model, ref_model):
+    for argument, each in (("model", model), ("ref_model", ref_model)):
         if each is not None:
+            check_finite(each, argument, args)
             keep_quantized_layers_trainable(each)
             if args.disable_dropout and (lost := disable_dropout(each)) and peft_config is not None:
                 logger.warning("disable_dropout=True switches off a dropout of %s. Set it False to keep it.", lost)
@@ -121,11 +124,47 @@ def check_models(model: PreTrainedModel, ref_model: PreTrainedModel | None, args
     refuse_router_loss(model.config, args.router_aux_loss_coef)
     if ref_model is not None:
         check_trainable_causal_lm(ref_model, "ref_model")
+        check_apart(model, ref_model)
         ours, theirs = (m.config.get_text_config().vocab_size for m in (model, ref_model))
         if ours != theirs:
             raise ValueError(
                 f"ref_model has a vocabulary of {theirs}, model one of {ours}; they must share a tokenizer."
             )
+
+
+def check_finite(model: PreTrainedModel, argument: str, args: FastDPOConfig) -> None:
+    """Refuse trained weights that are not finite, and say which others are not: pairs that never read them train."""
+    if args.fsdp and args.process_index:  # whose weights may come from the first rank, later
+        return
+    if bad := nonfinite(trained_weights(model) if argument == "model" else {}):
+        raise ValueError(
+            f"{argument}: {len(bad)} of the weights to be trained are not finite: {listed(bad)}. Load weights that "
+            "are, such as an earlier checkpoint of the run that they come from."
+        )
+    if bad := nonfinite(frozen_weights(model)):
+        logger.warning(
+            "%s: %d weights hold numbers that are not finite: %s. A pair that reads one stops the run.",
+            argument, len(bad), listed(bad),
+        )  # fmt: skip
+
+
+def check_apart(model: PreTrainedModel, ref_model: PreTrainedModel) -> None:
+    """Refuse a reference that would be trained with the policy, as it holds some of the same tensors."""
+    own = {_memory(p): name for name, p in model.named_parameters()}
+    shared = [(name, own[key]) for name, p in ref_model.named_parameters() if (key := _memory(p)) in own]
+    if shared:
+        name, ours = shared[0]
+        raise ValueError(
+            f"ref_model shares {len(shared)} weights with model, {name!r} first (there {ours!r}), so it would change "
+            "as model is trained. Leave ref_model out: the reference is then the model as it is now; or give a copy "
+            "(copy.deepcopy, or loaded again)."
+        )
+
+
+def _memory(parameter: torch.Tensor) -> tuple[str, int]:
+    """What two parameters have in common that share memory, or are one."""
+    start = 0 if parameter.is_meta else parameter.untyped_storage().data_ptr()
+    return (str(parameter.device), start) if start else ("object", id(parameter))
 
 
 def resolve_tokenizer(processing_class: Any, model: PreTrainedModel) -> PreTrainedTokenizerBase:
@@ -151,6 +190,14 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, model: PreTrainedMo
             f"trained, and lacks {len(missing)} that are, {missing[0]} among them. Make it from the parameters of the "
             "model with its adapter (peft.get_peft_model first), or leave it out."
         )
+    for group in optimizer.param_groups:
+        rate = group.get("initial_lr", group["lr"])  # a schedule of the user's own has set lr to its first rate
+        still = [trained[id(p)] for p in group["params"] if id(p) in trained]
+        if rate == 0 and still:
+            raise ValueError(
+                f"optimizers: a group of the {type(optimizer).__name__} has lr=0 and holds {len(still)} parameters "
+                f"that are to be trained, {still[0]} among them. Give it a rate, or freeze them (requires_grad_(False))."
+            )
 
 
 def check_offloading(args: FastDPOConfig) -> None:
