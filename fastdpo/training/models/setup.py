@@ -196,7 +196,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, model: PreTrainedMo
         if rate == 0 and still:
             raise ValueError(
                 f"optimizers: a group of the {type(optimizer).__name__} has lr=0 and holds {len(still)} parameters "
-                f"that are to be trained, {still[0]} among them. Give it a rate, or freeze them (requires_grad_(False))."
+                f"that are to be trained, {still[0]} among them. Give it a rate, or freeze them."
             )
 
 

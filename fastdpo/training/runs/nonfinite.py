@@ -55,10 +55,10 @@ def stop_on_nonfinite(
         "example_ids": [example for rank in ranks.gathered_objects(example_ids) for example in rank],
         "scores": _as_text(scores),
     }
-    where, last = _record(folder, ranks, report, "The batch's example ids and scores")
-    where = where or f"The batch's example ids are {listed(report['example_ids'], len(report['example_ids']))}."
+    recorded = _record(folder, ranks, report, "The batch's example ids and scores")
+    where = recorded or f"The batch's example ids are {listed(report['example_ids'], len(report['example_ids']))}."
     raise NonFiniteLossError(
-        f"step {step}: loss {loss}, gradient norm {grad_norm}. {where} {last} Look at those examples, lower "
+        f"step {step}: loss {loss}, gradient norm {grad_norm}. {where} Look at those examples, lower "
         "learning_rate, or use bf16 instead of fp16."
     )
 
@@ -102,13 +102,12 @@ def require_finite(evaluated: Evaluated, folder: RunFolder, ranks: Ranks, step: 
         "example_ids": ids[:_NAMED],
         "scores": _as_text({name: values[rows[:_NAMED]] for name, values in evaluated.scores.items()}),
     }
-    where, last = _record(folder, ranks, report, "Their scores")
-    who = (
-        f"{len(ids)} examples are not finite: {listed(ids, _NAMED)}." if ids else "Each example is, their loss is not."
-    )
+    recorded = _record(folder, ranks, report, "Their scores")
+    who = f"{len(ids)} examples are not finite: {listed(ids, _NAMED)}." if ids else "Each example alone is finite."
     raise NonFiniteLossError(
-        f"step {step}: the evaluation of {evaluated.name} has the loss {evaluated.loss}. {who} {where} {last} Look at "
-        "those examples and at the weights that their tokens read, or lower learning_rate if they were finite before."
+        f"step {step}: the evaluation of {evaluated.name} has the loss {evaluated.loss}. "
+        f"{' '.join(filter(None, (who, recorded)))} Look at those examples and at the weights that their tokens read, "
+        "or lower learning_rate if they were finite before."
     )
 
 
@@ -118,11 +117,11 @@ def refuse_nonfinite_weights(model: nn.Module, ranks: Ranks | None, folder: RunF
     own = nonfinite(trained_weights(model))
     found = sorted({name for names in (ranks.gathered_objects(own) if ranks else [own]) for name in names})
     if found:
-        newest = folder.newest()
+        newest = ranks.of_first(folder.newest()) if ranks else folder.newest()
+        before = f"Continue from {newest}, which is intact," if newest else "No checkpoint had been saved: start again"
         raise NonFiniteWeightsError(
             f"after step {step}: {len(found)} trained weights are not finite, {found[0]!r} first. They are not saved. "
-            f"{_intact(ranks.of_first(newest) if ranks else newest)} Continue from a checkpoint before with a lower "
-            "learning_rate, or a smaller max_grad_norm."
+            f"{before} with a lower learning_rate or max_grad_norm."
         )
 
 
@@ -156,15 +155,12 @@ def _as_text(scores: Mapping[str, Tensor]) -> dict[str, list[str]]:
     return {name: [repr(value) for value in values.tolist()] for name, values in scores.items()}
 
 
-def _record(folder: RunFolder, ranks: Ranks, report: Mapping[str, Any], what: str) -> tuple[str, str]:
-    """Two sentences: where the report is, empty where no folder is this run's; and which checkpoint is intact."""
-    where, newest = "", None
-    if folder.list is not None:  # on the rank that writes, while it trains
+def _record(folder: RunFolder, ranks: Ranks, report: Mapping[str, Any], what: str) -> str:
+    """Where the report is, and which checkpoint is intact; empty where no folder is this run's."""
+    said = ""
+    if folder.list is not None:  # on the rank that writes, once it trains
         path = folder.put(NONFINITE_FILE, json.dumps(report, indent=1, allow_nan=False).encode())
-        where, newest = f"{what} are in {path}.", folder.newest()
-    where, newest = ranks.of_first((where, newest))
-    return where, _intact(newest)
-
-
-def _intact(newest: Any) -> str:
-    return f"The last checkpoint, {newest}, is intact." if newest else "No checkpoint had been saved yet."
+        newest = folder.newest()
+        last = f"The last checkpoint, {newest}, is intact." if newest else "No checkpoint had been saved yet."
+        said = f"{what} are in {path}. {last}"
+    return ranks.of_first(said)

@@ -1,5 +1,5 @@
-"""transformers' Trainer that saves whole, and finite weights only: checkpoints, weights, uploads and what a finished run
-leaves, through the run's folder.
+"""transformers' Trainer that saves whole, and finite weights only: checkpoints, weights, uploads, what a finished run
+leaves. All of it goes through the run's folder.
 
 A base class of the trainer, with `parts` and what it is built from.
 """
