@@ -73,7 +73,7 @@ def test_ids_out_of_range_are_refused_with_the_row(tmp_path: Path) -> None:
         trainer.evaluate(rows([300]))
     answers = Dataset.from_list([{"prompt_ids": [1], "answer_ids": [257], "example_id": "pairs.jsonl:1"}])
     with pytest.raises(ValueError, match=r"'pairs\.jsonl:1', answer_ids: token id 257"):
-        build(objective=MeanLikelihood(), data=answers)
+        build(objective=MeanLikelihood(), data=answers, beta=0.1)
 
 
 def test_a_token_that_the_tokenizer_alone_has_is_named(tmp_path: Path) -> None:

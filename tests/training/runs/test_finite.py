@@ -23,7 +23,15 @@ from fastdpo.commands.cli import main
 from fastdpo.training.models.finite import frozen_weights, nonfinite
 from fastdpo.training.models.setup import check_apart, check_optimizer
 from fastdpo.training.objectives import PreferenceObjective
-from fastdpo.training.runs.nonfinite import NONFINITE_FILE, NonFiniteLossError, NonFiniteWeightsError, SkippedSteps
+from fastdpo.training.runs.folder import RunFolder
+from fastdpo.training.runs.nonfinite import (
+    NONFINITE_FILE,
+    Evaluated,
+    NonFiniteLossError,
+    NonFiniteWeightsError,
+    SkippedSteps,
+    require_finite,
+)
 from fastdpo.training.runs.standstill import steps_of
 from fastdpo.training.runs.valid_json import valid_json
 
@@ -212,12 +220,25 @@ def test_the_loss_alone_or_a_metric_alone(tmp_path: Path, monkeypatch: pytest.Mo
     def overflows(self: Any, scores: Any) -> Any:
         output = loss(self, scores)
         losses = output.losses.clone()
-        losses[2] = math.inf
+        losses[2:] = math.inf
         return output._replace(losses=losses, loss=losses.mean())
 
     monkeypatch.setattr(PreferenceObjective, "evaluation_loss", overflows)
-    with pytest.raises(NonFiniteLossError, match=r"has the loss inf\. 1 examples are not finite: 'own:2'"):
-        trainer.evaluate(with_z(4))
+    with pytest.raises(
+        NonFiniteLossError, match=r"has the loss inf\. 23 examples are not finite: 'own:2', .*and 3 more"
+    ):
+        trainer.evaluate(with_z(25))
+    report = strict(tmp_path / NONFINITE_FILE)
+    assert report["example_ids"] == [f"own:{n}" for n in range(2, 22)]
+    assert len(report["scores"]["chosen_logps"]) == 20
+
+
+def test_a_score_alone(tmp_path: Path) -> None:
+    """A hinge of 0 hides a score that is no number."""
+    scores = {"logps": torch.tensor([0.0, -math.inf]), "lengths": torch.ones(2)}
+    evaluated = Evaluated("eval_dataset", 0.25, scores, torch.zeros(2), ["a", "b"])
+    with pytest.raises(NonFiniteLossError, match=r"has the loss 0\.25\. 1 examples are not finite: 'b'\. Look"):
+        require_finite(evaluated, RunFolder(tmp_path), tiny.ranks(), 3, only_warn=False)
 
 
 # JSON
