@@ -21,6 +21,7 @@ from fastdpo.training.ranks import Ranks
 from fastdpo.training.runs.artifacts import metrics_of
 from fastdpo.training.runs.folder import RunFolder
 from fastdpo.training.runs.saving import held_by_first
+from fastdpo.training.runs.standstill import refuse_no_steps
 from fastdpo.training.runs.start import begin_start
 from fastdpo.training.trainer import FastDPOTrainer
 
@@ -55,6 +56,7 @@ def run(
         raise ValueError("model_name_or_path is required: a local folder or a hub name.")
     if data_config.dataset_name_or_path is None:
         raise ValueError("dataset_name_or_path is required: a local file or folder, or a hub name.")
+    refuse_no_steps(args)
     sources = _sources(model_config, data_config)
     folder, ranks = RunFolder(args.output_dir), Ranks(args.process_index, args.world_size, args.device)
     with stage("looking at output_dir"), held_by_first(folder, ranks, args.should_save):

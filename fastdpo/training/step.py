@@ -118,7 +118,9 @@ class OptimizerStep:
                 cause = retry.cause
             self.model.zero_grad()
             set_rng_state(self.args.device, random_state)
-            self.memory.shrink(attempt.batch.tokens(self.layouts.layout), scoring=attempt.is_scoring, cause=cause)
+            batch = attempt.batch
+            tokens = batch.tokens(self.layouts.layout)
+            self.memory.shrink(tokens, batch.example_ids, scoring=attempt.is_scoring, cause=cause)
 
     def _sum_gradients(self) -> None:
         """Sum the trainable gradients over ranks; a rank without kept examples adds zeros.

@@ -9,9 +9,9 @@ ranks, and no statistic is touched.
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from fastdpo.data import TokenizationReport
 from fastdpo.loss.dynamic_beta import DynamicBeta
 from fastdpo.ops.backends import resolve_backend
 from fastdpo.training.datasets import Tokenization
+from fastdpo.training.models.limits import limits_of
 from fastdpo.training.models.quantized import is_quantized
 from fastdpo.training.models.setup import (
     adapter_files,
@@ -49,7 +50,6 @@ from fastdpo.training.options import FastDPOConfig
 from fastdpo.training.parts import Parts
 from fastdpo.training.rows import GlobalBatch
 from fastdpo.training.rows.attention import prepare_deterministic
-from fastdpo.training.runs import artifacts
 from fastdpo.training.runs.callbacks import (
     CommitStatistics,
     PrecomputeReference,
@@ -57,8 +57,15 @@ from fastdpo.training.runs.callbacks import (
     StopSignals,
 )
 from fastdpo.training.runs.identity import Identity, run_identity
-from fastdpo.training.runs.nonfinite import NonFiniteLossError, stop_on_nonfinite
+from fastdpo.training.runs.nonfinite import (
+    Evaluated,
+    NonFiniteLossError,
+    SkippedSteps,
+    require_finite,
+    stop_on_nonfinite,
+)
 from fastdpo.training.runs.saving_trainer import SavingTrainer
+from fastdpo.training.runs.standstill import refuse_standstill
 from fastdpo.training.scoring import Scores
 
 __all__ = ["FastDPOTrainer", "NonFiniteLossError"]
@@ -126,9 +133,8 @@ class FastDPOTrainer(SavingTrainer):
         folded = fold_accumulation(args)
         self.objective = PreferenceObjective(folded) if objective is None else objective
         refuse_unread_options(self.objective, folded)
-        self.tokenize = Tokenization(self.objective, self.tokenizer, args)
-        #: Final figures, for the model card.
-        self.results: dict[str, Any] = {}
+        self.results = {}
+        self.tokenize = Tokenization(self.objective, self.tokenizer, args, limits_of(model, ref_model))
         super().__init__(
             model=model,
             args=folded,
@@ -164,6 +170,8 @@ class FastDPOTrainer(SavingTrainer):
         )
         self.model.add_model_tags(list(self.objective.facts().tags))
         self._pending_plan: Plan | None = None
+        self._skips = SkippedSteps()
+        self._predicting = False
         self._step_metrics: dict[str, list[float]] = defaultdict(list)
         self._parameter_count = self.model.num_parameters(exclude_embeddings=True)
         self.stop_signals = StopSignals(self.parts.ranks)
@@ -248,9 +256,11 @@ class FastDPOTrainer(SavingTrainer):
 
     def commit_plan(self) -> None:
         """Commit what the last planned batch has taught; called once its optimizer step was taken."""
-        if self._pending_plan is not None and not self.accelerator.optimizer_step_was_skipped:
+        skipped = self.accelerator.optimizer_step_was_skipped
+        if self._pending_plan is not None and not skipped:
             self.objective.commit(self._pending_plan)
         self._pending_plan = None
+        self._skips.count(skipped)
 
     def precompute_reference(self) -> None:
         """With reference="precompute", compute what is missing of the training set's reference log-probs."""
@@ -269,16 +279,19 @@ class FastDPOTrainer(SavingTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As transformers' train, with exact resume. Default: `args.resume_from_checkpoint`.
 
-        Raises CheckpointError (an unusable output folder or checkpoint), NonFiniteLossError, TrainingInterrupted, or,
-        from `runs.failures`, OptimizerOutOfMemory and RankStopped.
+        Raises ValueError where nothing could be trained, CheckpointError (an unusable output folder or checkpoint),
+        NonFiniteLossError, TrainingInterrupted, or, from `runs.failures`, OptimizerOutOfMemory and RankStopped.
         """
-        saving = self.saving
+        refuse_standstill(self.args, self.model, self.train_dataset, self._given)
+        saving, self._skips = self.saving, SkippedSteps()
         with saving.held():
             resume = saving.claim(resume_from_checkpoint, self._identity())
             self.references.load(resume)
             result = super().train(resume_from_checkpoint=resume, **kwargs)
             saving.rotate(self.state.best_model_checkpoint)  # a kill may have come before it did
             self.references.save()
+            self.refuse_nonfinite_weights(self.parts.ranks)
+            self._skips.finish()
         return result
 
     def _identity(self) -> Identity:
@@ -320,10 +333,23 @@ class FastDPOTrainer(SavingTrainer):
 
     # Evaluation
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As InterruptibleTrainer's, on the sharded model."""
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """As InterruptibleTrainer's, on the sharded model.
+
+        Raises NonFiniteLossError where a score or the loss is not finite; a prediction warns of it.
+        """
         self.shard()
-        return super().evaluation_loop(*args, **kwargs)
+        found = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        scores = Scores.unstack(torch.as_tensor(found.predictions), self.objective.completions)
+        name = kwargs.get("metric_key_prefix", "eval")
+        loss = found.metrics[f"{name}_loss"]
+        losses = None if math.isfinite(loss) else getattr(self.objective.evaluation_loss(scores), "losses", None)
+        everything = self.objective.named(scores), losses, dataloader.dataset["example_id"]
+        require_finite(
+            Evaluated(f"{name}_dataset", loss, *everything), self.saving.folder, self.parts.ranks,
+            self.state.global_step, only_warn=self._predicting,
+        )  # fmt: skip
+        return found
 
     def prediction_step(
         self,
@@ -360,52 +386,15 @@ class FastDPOTrainer(SavingTrainer):
         self, test_dataset: Dataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> Any:
         """Scores of every example as `predictions`, with their metrics; of pairs (N, 8), in the order of `PairScores`'
-        fields."""
-        found = super().predict(self.tokenize(test_dataset, metric_key_prefix), ignore_keys, metric_key_prefix)
+        fields. Scores that are not finite are returned, with a warning that names the examples."""
+        self._predicting = True
+        try:
+            found = super().predict(self.tokenize(test_dataset, metric_key_prefix), ignore_keys, metric_key_prefix)
+        finally:
+            self._predicting = False
         scores = Scores.unstack(torch.as_tensor(found.predictions), self.objective.completions)
         columns = torch.stack(list(self.objective.named(scores).values()), dim=1)
         return found._replace(predictions=columns.numpy())
-
-    # What a finished run leaves
-
-    def save_run(self, results: dict[str, Any], options: dict[str, Any] | None = None) -> list[Path]:
-        """Write what a finished run leaves besides its weights, which the caller has saved, and push all if asked to.
-
-        results: final figures, stored in metrics.json beside the log. options: further options for run.yaml.
-        Returns the files written; none on other processes than the main one.
-        """
-        self.results = results
-        ended = 0 < self.state.max_steps <= self.state.global_step
-        finished = self.state.global_step if ended else None
-        with self.saving.published("file-run", finished=finished) as staged:
-            if self.args.should_save:
-                artifacts.write_figures(staged, self.state.log_history, results, self.config, options or {})
-                self._write_card(staged)
-        written = self.saving.placed if self.args.should_save else []
-        if self.args.push_to_hub:
-            with artifacts.optional("upload of the finished run"):
-                self.push_to_hub(commit_message="End of training")
-        return written
-
-    def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
-        """Write the model card: settings, the figures in `results`, sources. `kwargs`: tags, as transformers passes."""
-        if self.is_world_process_zero():  # transformers' push_to_hub calls it on this rank alone
-            self.saving.publish_alone(
-                "file-card", lambda staged: self._write_card(staged, model_name, kwargs.get("tags"))
-            )
-
-    def _write_card(self, folder: Path, name: str | None = None, tags: Any = None) -> None:
-        with artifacts.optional(artifacts.CARD_FILE):
-            artifacts.write_card(
-                folder / artifacts.CARD_FILE,
-                self.model,
-                self.args,
-                self.state,
-                self.objective.facts(),
-                self.results,
-                name,
-                tags,
-            )
 
     # Logging
 

@@ -113,7 +113,15 @@ class MemoryPlan:
             raise RetryStep(cause)
         return result  # type: ignore[return-value]
 
-    def shrink(self, tokens: Sequence[int], *, scoring: bool, cause: BaseException | None, local: bool = False) -> None:
+    def shrink(
+        self,
+        tokens: Sequence[int],
+        example_ids: Sequence[str],
+        *,
+        scoring: bool,
+        cause: BaseException | None,
+        local: bool = False,
+    ) -> None:
         """Half the budget of the pass that ran out; checkpointing, where one pair is too much already.
 
         tokens: of each example of the batch in its rows. Raises OutOfMemory where nothing is left to try.
@@ -131,11 +139,14 @@ class MemoryPlan:
             self.checkpoint_layers()
             logger.warning("out of memory with one pair per micro-batch: the step is repeated with checkpointing.")
         else:
+            own = example_ids[tokens.index(max(tokens))]
+            said = str(cause).partition("\n")[0] or type(cause).__name__ if cause else "on another rank"
             raise OutOfMemory(
-                f"one pair of {largest} tokens does not fit into memory ({cause or 'on another rank'}). {ADVICE}"
+                f"one pair of {largest} tokens does not fit into memory ({said}); the longest of this rank's batch is "
+                f"{own!r}, of {max(tokens)}. {ADVICE}"
             ) from cause
 
-    def until_it_fits(self, work: Callable[[], T], tokens: Sequence[int]) -> T:
+    def until_it_fits(self, work: Callable[[], T], tokens: Sequence[int], example_ids: Sequence[str]) -> T:
         """`work()`, a scoring pass on this rank alone, with smaller micro-batches each time that memory runs out.
 
         tokens: as `shrink`'s. What ranks compute without gradients does not depend on how they cut it.
@@ -144,7 +155,7 @@ class MemoryPlan:
             try:
                 return self.guarded(work, local=True)
             except RetryStep as retry:
-                self.shrink(tokens, scoring=True, cause=retry.cause, local=True)
+                self.shrink(tokens, example_ids, scoring=True, cause=retry.cause, local=True)
 
     def over_ranks(self, value: int, local: bool = False) -> int:
         """The largest of the ranks' values, so that all of them decide alike; this rank's own if `local`."""

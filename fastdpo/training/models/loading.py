@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from transformers import (
@@ -21,8 +23,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fastdpo.shown import shown
+from fastdpo.shown import listed, shown
+from fastdpo.training.models.files import fault_in, one_line, reading
 from fastdpo.training.options import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+#: Of layers and experts, in the name of a weight.
+_NUMBERS = re.compile(r"\b\d+\b")
 
 
 def resolve_dtype(name: str) -> torch.dtype:
@@ -47,40 +55,88 @@ def quantization_config(config: ModelConfig) -> BitsAndBytesConfig | None:
     )
 
 
-def load_causal_lm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
-    """from_pretrained, with errors that say what was looked for. Raises FileNotFoundError, ValueError."""
+def load_causal_lm(name_or_path: str, *, argument: str = "model", **kwargs: Any) -> PreTrainedModel:
+    """from_pretrained, with every weight from the file. argument: that names the model, for messages.
+
+    Raises FileNotFoundError, OSError, ValueError: what was looked for, which file is broken, which weight is missing.
+    """
     name_or_path = os.path.expanduser(name_or_path)
-    load_config(name_or_path, kwargs.get("revision"), kwargs.get("trust_remote_code", False))
-    return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+    revision = kwargs.get("revision")
+    load_config(name_or_path, revision, kwargs.get("trust_remote_code", False), argument=argument)
+    with reading(argument, name_or_path, revision):
+        # Weights of other shapes are refused below, by name; transformers logs them
+        kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        model, found = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+    check_weights(model, found, f"{argument}={name_or_path!r}")
+    return model
 
 
-def load_config(name_or_path: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+def check_weights(model: PreTrainedModel, found: Mapping[str, Any], source: str) -> None:
+    """Refuse a model with weights that its file did not give, which are random, and a file with more layers than the
+    model; say what else is in the file. found: the loading info of from_pretrained. source: of the model.
+
+    Raises ValueError.
+    """
+    wrong_file = "Give the folder of this very model, whole, or train a copy that was saved with all its weights."
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"{source}: its files lack {len(missing)} weights of the {type(model).__name__}, {missing[0]!r} first: "
+            f"they would be random. {wrong_file}"
+        )
+    if mismatched := sorted(found["mismatched_keys"]):
+        name, there, needed = mismatched[0]
+        raise ValueError(
+            f"{source}: {len(mismatched)} weights have another shape than the {type(model).__name__} of its "
+            f"config.json, {name!r} first: {tuple(there)} in the file, {tuple(needed)} in the model. {wrong_file}"
+        )
+    unexpected = sorted(found["unexpected_keys"])
+    own = {_NUMBERS.sub("#", name) for name in model.state_dict()}
+    if layers := [name for name in unexpected if _NUMBERS.sub("#", name) in own]:
+        raise ValueError(
+            f"{source}: its files hold more layers than its config.json says: {layers[0]!r} and {len(layers) - 1} more "
+            f"weights would be left out. {wrong_file}"
+        )
+    if unexpected:
+        logger.warning(
+            "%s: %d weights of its files are none of the %s's and are not read: %s",
+            source, len(unexpected), type(model).__name__, listed(unexpected),
+        )  # fmt: skip
+
+
+def load_config(
+    name_or_path: str, revision: str | None = None, trust_remote_code: bool = False, *, argument: str = "model"
+) -> PretrainedConfig:
     """The configuration of a causal LM. Raises FileNotFoundError, OSError, ValueError."""
     name_or_path = os.path.expanduser(name_or_path)
-    _check_model_path(name_or_path)
+    _check_model_path(name_or_path, argument)
     try:
-        config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, StrictDataclassError) as error:
+        with reading(argument, name_or_path, revision):
+            config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as error:
         raise ValueError(
-            f"model={name_or_path!r}: transformers can read no configuration from its config.json: "
+            f"{argument}={name_or_path!r}: transformers can read no configuration from its config.json: "
             f"{type(error).__name__}: {shown(error)}. Compare the file with the original's."
         ) from error
     if type(config) not in AutoModelForCausalLM._model_mapping and not getattr(config, "auto_map", None):
         raise ValueError(
-            f"model={name_or_path!r} is a {type(config).__name__}, which has no causal language-model head. "
+            f"{argument}={name_or_path!r} is a {type(config).__name__}, which has no causal language-model head. "
             "Give a decoder-only model, such as a Llama, Mistral, Qwen or Gemma."
         )
     return config
 
 
-def _check_model_path(name_or_path: str) -> None:
+def _check_model_path(name_or_path: str, argument: str) -> None:
     path = Path(name_or_path)
-    looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
-    if looks_local and not path.exists():
-        raise FileNotFoundError(f"model={name_or_path!r}: no such folder. Give a local folder or a hub name.")
+    _check_exists(name_or_path, argument)
     if path.is_dir() and not (path / "config.json").is_file():
         hint = " It holds a PEFT adapter: pass it as adapter_name_or_path." if _is_adapter(path) else ""
-        raise FileNotFoundError(f"model={name_or_path!r}: the folder has no config.json.{hint}")
+        raise FileNotFoundError(f"{argument}={name_or_path!r}: the folder has no config.json.{hint}")
+
+
+def _check_exists(name_or_path: str, argument: str) -> None:
+    looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
+    if looks_local and not Path(name_or_path).exists():
+        raise FileNotFoundError(f"{argument}={name_or_path!r}: no such folder. Give a local folder or a hub name.")
 
 
 def _is_adapter(path: Path) -> bool:
@@ -111,16 +167,16 @@ def load_adapter(model: PreTrainedModel, name_or_path: str) -> PeftModel:
     path = Path(name_or_path)
     if path.is_dir() and not _is_adapter(path):
         raise FileNotFoundError(f"adapter={name_or_path!r}: the folder has no adapter_config.json.")
-    if not path.exists() and (name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1):
-        raise FileNotFoundError(f"adapter={name_or_path!r}: no such folder. Give a local folder or a hub name.")
+    _check_exists(name_or_path, "adapter")
     advice = "Give the base model that the adapter was trained on (base_model_name_or_path in its adapter_config.json)."
     misfit = f"adapter={name_or_path!r} does not fit the model {getattr(model.config, '_name_or_path', '')!r}"
-    try:
-        adapted = PeftModel.from_pretrained(model, name_or_path, is_trainable=True)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{misfit}: {error}. {advice}") from error
-    # peft only warns of layers that the adapter has and the model lacks, or the reverse.
-    stray = load_peft_weights(name_or_path, device="cpu").keys() ^ get_peft_model_state_dict(adapted).keys()
+    with reading("adapter", name_or_path):
+        try:
+            adapted = PeftModel.from_pretrained(model, name_or_path, is_trainable=True)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{misfit}: {one_line(error)}. {advice}") from error
+        # peft only warns of layers that the adapter has and the model lacks, or the reverse.
+        stray = load_peft_weights(name_or_path, device="cpu").keys() ^ get_peft_model_state_dict(adapted).keys()
     if stray:
         raise ValueError(f"{misfit}: {len(stray)} weights are in one only, such as {min(stray)}. {advice}")
     return adapted
@@ -148,10 +204,28 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     own = config.tokenizer_name_or_path
     source = os.path.expanduser(own or config.model_name_or_path or "")
     revision = "main" if own else config.model_revision or "main"  # the model's revision says nothing of another repo
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=config.trust_remote_code)
+    option = "tokenizer_name_or_path" if own else "model_name_or_path"
+    tokenizer = read_tokenizer(source, option, revision=revision, trust_remote_code=config.trust_remote_code)
     if config.chat_template:
         path = Path(config.chat_template).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"chat_template={config.chat_template!r}: no such file. Give a Jinja template.")
         tokenizer.chat_template = path.read_text(encoding="utf-8")
     return tokenizer
+
+
+def read_tokenizer(source: str, option: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """AutoTokenizer's of the folder or hub name `source`, which `option` gives. Raises FileNotFoundError, OSError,
+    ValueError."""
+    _check_exists(source, option)
+    with reading(option, source, kwargs.get("revision")):
+        try:
+            return AutoTokenizer.from_pretrained(source, **kwargs)
+        except ValueError as error:
+            if Path(source).is_dir() and fault_in(Path(source)) is None:
+                raise ValueError(
+                    f"{option}={source!r}: no tokenizer can be made of the files there "
+                    f"({listed(sorted(path.name for path in Path(source).iterdir()))}): "
+                    f"{one_line(error)} Give a folder with tokenizer.json and tokenizer_config.json."
+                ) from error
+            raise

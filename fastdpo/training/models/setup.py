@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from peft import PeftConfig, PeftModel
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from fastdpo.shown import listed
+from fastdpo.training.models.adapters import with_adapter
 from fastdpo.training.models.dropout import disable_dropout
-from fastdpo.training.models.loading import load_causal_lm
-from fastdpo.training.models.quantized import is_quantized, keep_quantized_layers_trainable
+from fastdpo.training.models.finite import frozen_weights, nonfinite, trained_weights
+from fastdpo.training.models.loading import load_causal_lm, read_tokenizer
+from fastdpo.training.models.quantized import keep_quantized_layers_trainable
 from fastdpo.training.options import FastDPOConfig
 
 logger = logging.getLogger(__name__)
@@ -51,8 +54,9 @@ def prepare_models(
     ref_model = None if ref_model is None else resolve_model(ref_model, args, quantization, "ref_model")
     check_models(model, ref_model, args)
     model = with_adapter(model, peft_config)
-    for each in (model, ref_model):
+    for argument, each in (("model", model), ("ref_model", ref_model)):
         if each is not None:
+            check_finite(each, argument, args)
             keep_quantized_layers_trainable(each)
             if args.disable_dropout and (lost := disable_dropout(each)) and peft_config is not None:
                 logger.warning("disable_dropout=True switches off a dropout of %s. Set it False to keep it.", lost)
@@ -67,7 +71,7 @@ def resolve_model(
         kwargs = dict(args.model_init_kwargs or {})
         if quantization is not None:
             kwargs["quantization_config"] = quantization
-        return load_causal_lm(model, **kwargs)
+        return load_causal_lm(model, argument=argument, **kwargs)
     if quantization is not None and argument == "model":
         raise ValueError(
             "quantization_config acts while a model is loaded, but model is an object. Pass model by name."
@@ -120,6 +124,7 @@ def check_models(model: PreTrainedModel, ref_model: PreTrainedModel | None, args
     refuse_router_loss(model.config, args.router_aux_loss_coef)
     if ref_model is not None:
         check_trainable_causal_lm(ref_model, "ref_model")
+        check_apart(model, ref_model)
         ours, theirs = (m.config.get_text_config().vocab_size for m in (model, ref_model))
         if ours != theirs:
             raise ValueError(
@@ -127,34 +132,49 @@ def check_models(model: PreTrainedModel, ref_model: PreTrainedModel | None, args
             )
 
 
+def check_finite(model: PreTrainedModel, argument: str, args: FastDPOConfig) -> None:
+    """Refuse trained weights that are not finite, and say which others are not: pairs that never read them train."""
+    if args.fsdp and args.process_index:  # whose weights may come from the first rank, later
+        return
+    if bad := nonfinite(trained_weights(model) if argument == "model" else {}):
+        raise ValueError(
+            f"{argument}: {len(bad)} of the weights to be trained are not finite: {listed(bad)}. Load weights that "
+            "are, such as an earlier checkpoint of the run that they come from."
+        )
+    if bad := nonfinite(frozen_weights(model)):
+        logger.warning(
+            "%s: %d weights hold numbers that are not finite: %s. A pair that reads one stops the run.",
+            argument, len(bad), listed(bad),
+        )  # fmt: skip
+
+
+def check_apart(model: PreTrainedModel, ref_model: PreTrainedModel) -> None:
+    """Refuse a reference that would be trained with the policy, as it holds some of the same tensors."""
+    own = {_memory(p): name for name, p in model.named_parameters()}
+    shared = [(name, own[key]) for name, p in ref_model.named_parameters() if (key := _memory(p)) in own]
+    if shared:
+        name, ours = shared[0]
+        raise ValueError(
+            f"ref_model shares {len(shared)} weights with model, {name!r} first (there {ours!r}), so it would change "
+            "as model is trained. Leave ref_model out: the reference is then the model as it is now; or give a copy "
+            "(copy.deepcopy, or loaded again)."
+        )
+
+
+def _memory(parameter: torch.Tensor) -> tuple[str, int]:
+    """What two parameters have in common that share memory, or are one."""
+    start = 0 if parameter.is_meta else parameter.untyped_storage().data_ptr()
+    return (str(parameter.device), start) if start else ("object", id(parameter))
+
+
 def resolve_tokenizer(processing_class: Any, model: PreTrainedModel) -> PreTrainedTokenizerBase:
     if processing_class is None:
         if not model.config._name_or_path:
             raise ValueError("processing_class is missing, and model was not loaded by a name that says which it is.")
-        return AutoTokenizer.from_pretrained(model.config._name_or_path)
+        return read_tokenizer(model.config._name_or_path, "processing_class")
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(f"processing_class is a {type(processing_class).__name__}; a text tokenizer is needed.")
     return processing_class
-
-
-def with_adapter(model: PreTrainedModel, peft_config: PeftConfig | None) -> PreTrainedModel:
-    if peft_config is None:
-        if is_quantized(model) and not isinstance(model, PeftModel):
-            raise ValueError("model is quantised, so its weights cannot be trained. Pass peft_config=LoraConfig(...).")
-        if not any(p.requires_grad for p in model.parameters()):
-            raise ValueError(
-                "model has no trainable parameter. Load the adapter with is_trainable=True, or pass peft_config."
-            )
-        return model
-    if not isinstance(peft_config, PeftConfig):
-        raise TypeError(f"peft_config is a {type(peft_config).__name__}; give a peft.LoraConfig.")
-    if isinstance(model, PeftModel):
-        raise ValueError(
-            "model has an adapter already. Train that further without peft_config, or merge_and_unload() it first."
-        )
-    if peft_config.is_prompt_learning:
-        raise ValueError(f"peft_config={type(peft_config).__name__} adds virtual tokens; use LoRA.")
-    return get_peft_model(model, peft_config)
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer | None, model: PreTrainedModel) -> None:
@@ -170,6 +190,14 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, model: PreTrainedMo
             f"trained, and lacks {len(missing)} that are, {missing[0]} among them. Make it from the parameters of the "
             "model with its adapter (peft.get_peft_model first), or leave it out."
         )
+    for group in optimizer.param_groups:
+        rate = group.get("initial_lr", group["lr"])  # a schedule of the user's own has set lr to its first rate
+        still = [trained[id(p)] for p in group["params"] if id(p) in trained]
+        if rate == 0 and still:
+            raise ValueError(
+                f"optimizers: a group of the {type(optimizer).__name__} has lr=0 and holds {len(still)} parameters "
+                f"that are to be trained, {still[0]} among them. Give it a rate, or freeze them."
+            )
 
 
 def check_offloading(args: FastDPOConfig) -> None:

@@ -20,6 +20,7 @@ from fastdpo.training.options import FastDPOConfig
 from fastdpo.training.options.secrets import is_secret, without_secrets
 from fastdpo.training.runs.curves import plot_curves
 from fastdpo.training.runs.run_list import RunList
+from fastdpo.training.runs.valid_json import valid_json
 from fastdpo.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -73,11 +74,12 @@ def write_figures(
     config: FastDPOConfig,
     others: dict[str, Any],
 ) -> None:
-    """Into `folder`: metrics.json, the trainer's log `history` and the final figures beside it; run.yaml, `others` and
-    the training options, so that it can be given to `fastdpo train`; the curves, or a warning why there are none."""
+    """Into `folder`: metrics.json, the trainer's log `history` and the final figures beside it, with null for one that
+    is no finite number; run.yaml, `others` and the training options, so that it can be given to `fastdpo train`; the
+    curves, or a warning why there are none."""
     metrics, options, curves = (folder / name for name in (METRICS_FILE, OPTIONS_FILE, CURVES_FILE))
     content = {"fastdpo": __version__, "results": results, "log": history}
-    metrics.write_text(json.dumps(content, indent=1, default=float), encoding="utf-8")
+    metrics.write_text(valid_json(content, indent=1, default=float), encoding="utf-8")
     chosen = without_secrets({**others, **training_options(config)})
     options.write_text(yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True), encoding="utf-8")
     with optional(CURVES_FILE):

@@ -30,6 +30,7 @@ from fastdpo.training.options import FastDPOConfig
 from fastdpo.training.reference import ReferencePolicy, adapter_settings
 from fastdpo.training.reference.fingerprint import as_json, json_digest, tokenizer_digest
 from fastdpo.training.runs.checkpoint import CheckpointError
+from fastdpo.training.runs.valid_json import replaced
 from fastdpo.version import __version__
 
 #: Options that decide which examples come next and what a step makes of them, whatever the objective.
@@ -151,7 +152,7 @@ def run_identity(
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
     }
-    return Identity(_plain(fixed), _plain(noted))
+    return Identity(replaced(_plain(fixed), repr), replaced(_plain(noted), repr))
 
 
 def data_digest(dataset: Dataset, columns: Sequence[str]) -> str:

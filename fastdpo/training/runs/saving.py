@@ -6,6 +6,7 @@ known, and the identity of the run. They get their place together or not at all.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -29,6 +30,7 @@ from fastdpo.training.runs.folder import RunFolder
 from fastdpo.training.runs.identity import Identity
 from fastdpo.training.runs.run_list import RUN_FILE
 from fastdpo.training.runs.start import Start, begin_start, is_resume, list_of_start, read_list
+from fastdpo.training.runs.valid_json import valid_json
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +219,9 @@ class Checkpoints:
                 save_file(module.state_dict(), str(staged / name))
             self.references.save_into(staged)
             _export_states(state, callbacks)
-            state.save_to_json(str(staged / TRAINER_STATE_FILE))
+            # transformers' own, with null for what is no finite number: the gradient norm of a step that fp16 skipped
+            text = valid_json(dataclasses.asdict(state), indent=2, sort_keys=True) + "\n"
+            (staged / TRAINER_STATE_FILE).write_text(text, encoding="utf-8")
         self.ranks.wait()  # every rank's random state is written
         identity = self.identity
 

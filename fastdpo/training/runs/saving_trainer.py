@@ -1,6 +1,7 @@
-"""transformers' Trainer that saves whole: checkpoints, weights and uploads through the run's folder.
+"""transformers' Trainer that saves whole, and finite weights only: checkpoints, weights, uploads, what a finished run
+leaves. All of it goes through the run's folder.
 
-A base class of the trainer, with `saving` and `references` for parts.
+A base class of the trainer, with `parts` and what it is built from.
 """
 
 from __future__ import annotations
@@ -14,27 +15,35 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from fastdpo.training.durable import placed_whole
+from fastdpo.training.options import FastDPOConfig
+from fastdpo.training.ranks import Ranks
 from fastdpo.training.reference import ReferenceStore
 from fastdpo.training.runs import artifacts
 from fastdpo.training.runs.checkpoint import read_whole
 from fastdpo.training.runs.hub import push_checkpoint
 from fastdpo.training.runs.loop import InterruptibleTrainer
+from fastdpo.training.runs.nonfinite import refuse_nonfinite_weights
 from fastdpo.training.runs.saving import Checkpoints
 
 logger = logging.getLogger(__name__)
 
 
 class SavingTrainer(InterruptibleTrainer):
-    """saving: of the run. references: whose log-probs are saved beside it."""
+    """saving: of the run. references: whose log-probs are saved beside it. config: the options as they were given.
+    objective: whose facts the card holds. results: final figures, for the card."""
 
     saving: Checkpoints
     references: ReferenceStore
+    config: FastDPOConfig
+    objective: Any
+    results: dict[str, Any]
     # transformers' own, which have no types
     is_fsdp_enabled: bool
     push_in_progress: Any
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         saving, step = self.saving, self.state.global_step
+        self.refuse_nonfinite_weights(saving.ranks)
         run_dir = Path(self.args.output_dir)
         staged = saving.begin(step)
         with saving.written(staged):
@@ -61,13 +70,22 @@ class SavingTrainer(InterruptibleTrainer):
             self.model.save_pretrained(output_dir, state_dict=state_dict)
             self.processing_class.save_pretrained(output_dir)
 
+    def refuse_nonfinite_weights(self, ranks: Ranks | None) -> None:
+        """Raise NonFiniteWeightsError for a trained weight that is not finite. ranks: that call it together, if any."""
+        refuse_nonfinite_weights(self.model, ranks, self.saving.folder, self.state.global_step)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Weights and tokenizer, in `args.output_dir` by default: they get their names once all are written."""
-        if output_dir is None or Path(output_dir).resolve() == Path(self.args.output_dir).resolve():
+        """Weights and tokenizer, in `args.output_dir` by default: they get their names once all are written.
+
+        Raises NonFiniteWeightsError.
+        """
+        in_run = output_dir is None or Path(output_dir).resolve() == Path(self.args.output_dir).resolve()
+        self.refuse_nonfinite_weights(self.saving.ranks if in_run or self.is_fsdp_enabled else None)
+        if in_run:
             with self.saving.published("file-model") as staged:
                 super().save_model(str(staged), _internal_call=True)
         else:
-            with placed_whole(Path(output_dir), self.args.should_save) as staged:
+            with placed_whole(Path(str(output_dir)), self.args.should_save) as staged:
                 super().save_model(str(staged), _internal_call=True)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -96,3 +114,44 @@ class SavingTrainer(InterruptibleTrainer):
             super()._load_from_checkpoint(self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
+
+    # What a finished run leaves
+
+    def save_run(self, results: dict[str, Any], options: dict[str, Any] | None = None) -> list[Path]:
+        """Write what a finished run leaves besides its weights, which the caller has saved, and push all if asked to.
+
+        results: final figures, stored in metrics.json beside the log. options: further options for run.yaml.
+        Returns the files written; none on other processes than the main one.
+        """
+        self.results = results
+        ended = 0 < self.state.max_steps <= self.state.global_step
+        finished = self.state.global_step if ended else None
+        with self.saving.published("file-run", finished=finished) as staged:
+            if self.args.should_save:
+                artifacts.write_figures(staged, self.state.log_history, results, self.config, options or {})
+                self._write_card(staged)
+        written = self.saving.placed if self.args.should_save else []
+        if self.args.push_to_hub:
+            with artifacts.optional("upload of the finished run"):
+                self.push_to_hub(commit_message="End of training")
+        return written
+
+    def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
+        """Write the model card: settings, the figures in `results`, sources. `kwargs`: tags, as transformers passes."""
+        if self.is_world_process_zero():  # transformers' push_to_hub calls it on this rank alone
+            self.saving.publish_alone(
+                "file-card", lambda staged: self._write_card(staged, model_name, kwargs.get("tags"))
+            )
+
+    def _write_card(self, folder: Path, name: str | None = None, tags: Any = None) -> None:
+        with artifacts.optional(artifacts.CARD_FILE):
+            artifacts.write_card(
+                folder / artifacts.CARD_FILE,
+                self.model,
+                self.args,
+                self.state,
+                self.objective.facts(),
+                self.results,
+                name,
+                tags,
+            )

@@ -19,7 +19,7 @@ class BrokenSealError(ValueError):
 
 def sealed(content: Mapping[str, Any]) -> bytes:
     """`content`, in plain types, as the bytes of a file."""
-    return json.dumps({**content, SEAL: json_digest(content)}, indent=1).encode()
+    return json.dumps({**content, SEAL: json_digest(content)}, indent=1, allow_nan=False).encode()
 
 
 def unsealed(path: Path) -> dict[str, Any]:

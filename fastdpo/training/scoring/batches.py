@@ -60,7 +60,7 @@ class BatchScores:
         layouts = self.passes.layouts
         layouts.settle(batch)
         with layouts.active():
-            return self.passes.memory.until_it_fits(work, batch.tokens(layouts.layout))
+            return self.passes.memory.until_it_fits(work, batch.tokens(layouts.layout), batch.example_ids)
 
     def _evaluated(self, batch: TokenBatch) -> Tensor:
         scores, missing = self.begin(batch)
