@@ -82,12 +82,12 @@ REFUSED_MODELS: dict[str, tuple[str | dict[str, Any], str]] = {
     "no key": ({"num_key_value_heads": 0}, "build no model from the LlamaConfig of '.*': ZeroDivisionError"),
     "activation": ({"hidden_act": "nix"}, "build no model from the LlamaConfig of '.*': KeyError: 'nix'"),
     "padding": ({"pad_token_id": 10**9}, "build no model from the LlamaConfig of '.*': AssertionError"),
-    "type": ({"hidden_size": "big"}, "model='.*': transformers can read no configuration .*hidden_size"),
-    "heads": ({"num_attention_heads": 3}, "can read no configuration .*not a multiple"),
+    "type": ({"hidden_size": "big"}, "model='.*': config.json: .*hidden_size"),
+    "heads": ({"num_attention_heads": 3}, "model='.*': config.json: .*not a multiple"),
     "dtype": ({"dtype": "float7"}, "can read no configuration .*float7"),
-    "null": ("null", "can read no configuration"),
-    "nested": ("[" * 10**5, "can read no configuration .*RecursionError"),
-    "no JSON": ("{", "not a valid JSON file"),
+    "null": ("null", "'config.json' holds a NoneType, not a JSON object"),
+    "nested": ("[" * 10**5, "'config.json' is no JSON .*recursion"),
+    "no JSON": ("{", "'config.json' is no JSON"),
     "encoder-decoder": ('{"model_type": "t5"}', "T5Config, which has no causal language-model head"),
 }
 
