@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from fastdpo.training.options.kinds import OptionError
 from fastdpo.version import __version__
 
 _ADAPTER_HELP = "`{}` acts on how transformers' Trainer {}, which this trainer replaces. Leave it unset."
@@ -42,6 +43,15 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 REFUSED_OPTIMIZERS = ("lomo", "adalomo")
 
 
+def refuse_optimizer(optim: str) -> None:
+    """Raise OptionError for an optimizer that cannot be used."""
+    name = str(getattr(optim, "value", optim))
+    if name in REFUSED_OPTIMIZERS or name.endswith("_layerwise"):
+        raise OptionError(
+            f"optim={name!r} steps inside the backward pass, before gradients are summed. Set optim=auto, or another."
+        )
+
+
 def refuse_unsupported(args: TrainingArguments) -> None:
     """Raise ValueError for an option that would be ignored or change what a step computes."""
     for name, (accepted, reason) in REFUSED.items():
@@ -54,9 +64,6 @@ def refuse_unsupported(args: TrainingArguments) -> None:
             f"fsdp_config: version={version!r} is not supported by fastdpo {__version__}: FSDP1 flattens the "
             "parameters of a layer into one. Leave version out, or set it to 2."
         )
-    optimizer = str(getattr(args.optim, "value", args.optim))
-    if optimizer in REFUSED_OPTIMIZERS or optimizer.endswith("_layerwise"):
-        raise ValueError(f"optim={optimizer!r} steps inside the backward pass, before gradients are summed.")
     if args.train_sampling_strategy not in ("random", "sequential"):
         raise ValueError(
             f"train_sampling_strategy={args.train_sampling_strategy!r} cannot be resumed exactly, and "
