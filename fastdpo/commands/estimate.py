@@ -27,9 +27,7 @@ micro-batch and pair that a card holds. Reads a configuration, no weights; needs
 def main(argv: list[str]) -> int:
     """Parse, predict, print. Returns 0; raises what `fastdpo.commands.cli` reports."""
     parser = make_parser("fastdpo estimate", _DESCRIPTION, ModelConfig, EstimateConfig)
-    if "--demo" in argv:
-        parser.set_defaults(**demo_settings())
-    model, config = parse(parser, argv)
+    model, config = parse(parser, argv, demo_settings() if "--demo" in argv else None)
     if config.demo and "--demo" not in argv:
         raise ValueError("demo=True acts as the flag --demo only, as it changes the other options' defaults.")
     estimate = Estimate(model, config)

@@ -14,7 +14,8 @@ from accelerate.utils.modeling import convert_file_size_to_int
 from fastdpo.estimate.activations import PairShape
 from fastdpo.estimate.devices import GPUS, Device
 from fastdpo.training.options import FastDPOConfig
-from fastdpo.training.options.fields import check_fields, like
+from fastdpo.training.options.fields import like
+from fastdpo.training.options.kinds import check_fields
 from fastdpo.training.options.sizes import (
     DEFAULT_MICRO_BATCH_TOKENS,
     check_lengths,
@@ -22,6 +23,7 @@ from fastdpo.training.options.sizes import (
     check_offloading,
     head_workspace_bytes,
 )
+from fastdpo.training.options.unused import without_effect
 
 _CPU = "cpu"
 _NAMES = [_CPU, *(gpu.name for gpu in GPUS)]
@@ -64,6 +66,7 @@ class EstimateConfig:
         FastDPOConfig, "head_workspace", "On a GPU, what the head's exponentials of a chunk may take."
     )
     bf16: bool | None = like(FastDPOConfig, "bf16", "bfloat16 autocast. Default: on for a GPU.")
+    ignore_unused_options: bool = like(FastDPOConfig, "ignore_unused_options")
     demo: bool = field(
         default=False,
         metadata={"help": "Start from the settings of `fastdpo demo`. Only as a flag; others override it."},
@@ -79,11 +82,11 @@ class EstimateConfig:
         check_offloading(self)
         head_workspace_bytes(self.head_workspace)
         if self.on_cpu and self.head_workspace != type(self).head_workspace:
-            raise ValueError(f"head_workspace={self.head_workspace!r} has no effect with device='cpu'; drop it.")
+            without_effect(self, "head_workspace", "it is of a GPU, and device is the CPU; drop it.")
         if self.on_cpu and self.activation_offloading:
-            raise ValueError("activation_offloading=True needs a GPU; on a CPU there is nowhere to move to.")
+            without_effect(self, "activation_offloading", "it needs a GPU; on a CPU there is nowhere to move to.")
         if self.on_cpu and self.gpu_memory:
-            raise ValueError(f"gpu_memory={self.gpu_memory!r} has no effect with device='cpu'; name a GPU or neither.")
+            without_effect(self, "gpu_memory", "device='cpu'; name a GPU or neither.")
         self.cards()
 
     @property

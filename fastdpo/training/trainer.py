@@ -35,7 +35,6 @@ from fastdpo.training.datasets import Tokenization
 from fastdpo.training.models.quantized import is_quantized
 from fastdpo.training.models.setup import (
     adapter_files,
-    check_offloading,
     check_optimizer,
     fold_accumulation,
     model_name,
@@ -46,6 +45,7 @@ from fastdpo.training.models.setup import (
 from fastdpo.training.models.sharded import reshard, use_on_cpus
 from fastdpo.training.objectives import Objective, Plan, PreferenceObjective, refuse_unread_options
 from fastdpo.training.options import FastDPOConfig
+from fastdpo.training.options.built import BuiltOptions
 from fastdpo.training.parts import Parts
 from fastdpo.training.rows import GlobalBatch
 from fastdpo.training.rows.attention import prepare_deterministic
@@ -109,6 +109,7 @@ class FastDPOTrainer(SavingTrainer):
             args = FastDPOConfig(output_dir=f"{model_name(model)}-FastDPO")
         elif not isinstance(args, FastDPOConfig):
             raise TypeError(f"args is a {type(args).__name__}; give a fastdpo.FastDPOConfig.")
+        asked, args = args, args.resolved()
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs are visible to one process. Start one process per GPU (torchrun, accelerate "
@@ -119,8 +120,7 @@ class FastDPOTrainer(SavingTrainer):
             prepare_deterministic()
         set_seed(args.seed)  # fresh adapters are random
         model, ref_model = prepare_models(model, ref_model, args, quantization_config, peft_config)
-        check_offloading(args)
-        self.config, self.tokenizer = args, resolve_tokenizer(processing_class, model)
+        self.tokenizer = resolve_tokenizer(processing_class, model)
         check_optimizer(optimizers[0], model)
         self._given = optimizers
         folded = fold_accumulation(args)
@@ -140,6 +140,7 @@ class FastDPOTrainer(SavingTrainer):
             callbacks=list(callbacks or []),
             optimizers=optimizers,
         )
+        self.options = BuiltOptions(asked, args, self.args)
         if self.is_deepspeed_enabled:
             raise ValueError("DeepSpeed is not supported; shard with FSDP2 (fsdp=True), or launch with torchrun.")
         if ref_model is not None and not is_quantized(ref_model) and not self.is_fsdp_enabled:
@@ -269,9 +270,11 @@ class FastDPOTrainer(SavingTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As transformers' train, with exact resume. Default: `args.resume_from_checkpoint`.
 
-        Raises CheckpointError (an unusable output folder or checkpoint), NonFiniteLossError, TrainingInterrupted, or,
+        Raises OptionError for an option that was changed in `args` and is bound since the trainer was built,
+        CheckpointError (an unusable output folder or checkpoint), NonFiniteLossError, TrainingInterrupted, or,
         from `runs.failures`, OptimizerOutOfMemory and RankStopped.
         """
+        self.options.check()
         saving = self.saving
         with saving.held():
             resume = saving.claim(resume_from_checkpoint, self._identity())
@@ -379,7 +382,10 @@ class FastDPOTrainer(SavingTrainer):
         finished = self.state.global_step if ended else None
         with self.saving.published("file-run", finished=finished) as staged:
             if self.args.should_save:
-                artifacts.write_figures(staged, self.state.log_history, results, self.config, options or {})
+                artifacts.write_figures(staged, self.state.log_history, results)
+                memory = self.parts.memory
+                found = {"micro_batch_tokens": memory.train_tokens, "gradient_checkpointing": memory.checkpointing}
+                artifacts.write_options(staged, self.options.asked, options or {}, self.options.resolved, found)
                 self._write_card(staged)
         written = self.saving.placed if self.args.should_save else []
         if self.args.push_to_hub:

@@ -52,7 +52,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Any, _OnGPU], Any], str], ...] = 
     (
         ("activation_offloading",),
         lambda args, gpu: gpu,
-        "activation_offloading=True moves activations from a GPU to the host, where this run is already. Drop it; "
+        "it moves activations from a GPU to the host, where this run is already. Drop it; "
         "gradient_checkpointing=True saves memory here.",
     ),
     (

@@ -60,7 +60,9 @@ class OptionError(ValueError):
 
 def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
     """ "Did you mean ...?" with the names that are near, each after `prefix`; "" where none is."""
-    near = difflib.get_close_matches(name, list(known), n=3)
+    names = list(known)
+    begun = [each for each in names if each.startswith(name)] if len(name) > 2 else []
+    near = [*begun, *(each for each in difflib.get_close_matches(name, names, n=3) if each not in begun)][:3]
     return f" Did you mean {' or '.join(prefix + each for each in near)}?" if near else ""
 
 
