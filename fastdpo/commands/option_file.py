@@ -91,7 +91,9 @@ def _read(path: str) -> str:
         return file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise OptionError(f"{_place(path, line)}: not UTF-8 (byte {error.object[error.start]:#04x}). Save it as UTF-8.") from error
+        raise OptionError(
+            f"{_place(path, line)}: not UTF-8 (byte {error.object[error.start]:#04x}). Save it as UTF-8."
+        ) from error
     except FileNotFoundError as error:
         raise OptionError(f"option file {path!r}: no such file. {hint}") from error
     except (OSError, RuntimeError, ValueError) as error:
@@ -105,11 +107,11 @@ def _refuse_beyond(path: str, text: str) -> None:
     """What YAML can do beside lists and mappings of text, and nesting without end."""
     depth = documents = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        place = _place(path, event.start_mark.line + 1)
+        place = _place(path, event.start_mark.line + 1 if event.start_mark else 1)
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise OptionError(f"{place}: anchors and aliases (& and *) are not read. Write the value out.")
-        if getattr(event, "tag", None):
-            raise OptionError(f"{place}: the tag {event.tag!r} is not read. Write the value alone.")
+        if tag := getattr(event, "tag", None):
+            raise OptionError(f"{place}: the tag {tag!r} is not read. Write the value alone.")
         documents += isinstance(event, yaml.DocumentStartEvent)
         if documents > 1:
             raise OptionError(f"{place}: a second document begins here (---). Give one file for one run.")
@@ -159,10 +161,13 @@ def _plain(node: yaml.Node, place: str) -> Any:
         found: dict[str, Any] = {}
         for key, each in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.value in found:
-                what = f"{seen(key.value)} stands twice in one mapping" if isinstance(key, yaml.ScalarNode) else "no name"
+                what = (
+                    f"{seen(key.value)} stands twice in one mapping" if isinstance(key, yaml.ScalarNode) else "no name"
+                )
                 raise OptionError(f"{place}: {what}, in line {key.start_mark.line + 1}. A name stands once, as text.")
             found[str(key.value)] = _plain(each, place)
         return found
+    assert isinstance(node, yaml.ScalarNode)
     text = str(node.value)
     if node.style is not None:
         return text

@@ -69,7 +69,9 @@ class DemoConfig:
         check_fields(self)
         check_ranges(self)
         check_micro_batch_tokens(self.micro_batch_tokens)
-        if self.pairs not in ("auto", "all") and not (self.pairs.isdecimal() and len(self.pairs) < 19 and int(self.pairs) >= 1):
+        if self.pairs not in ("auto", "all") and not (
+            self.pairs.isdecimal() and len(self.pairs) < 19 and int(self.pairs) >= 1
+        ):
             raise OptionError(f"pairs={seen(self.pairs)}: auto, all, or a number of at least 1.")
 
 

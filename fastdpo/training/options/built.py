@@ -37,8 +37,8 @@ class BuiltOptions:
         for name, value in self.changes().items():
             if name in own or name in _BOUND:
                 raise OptionError(
-                    f"{name}={seen(value)} was set in trainer.args after the trainer was built, with {name}="
-                    f"{seen(self._built[name])}, and would have no effect. Build a trainer with FastDPOConfig({name}=...)."
+                    f"{name}={seen(value)} was set in trainer.args after the trainer was built with "
+                    f"{seen(self._built[name])}, and would have no effect. Build one with FastDPOConfig({name}=...)."
                 )
 
     @property

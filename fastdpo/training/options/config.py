@@ -210,7 +210,8 @@ class FastDPOConfig(TrainingArguments):
         check_fields(self)
         check_ranges(self)
         self._join_checkpointing()
-        self.output_dir = os.path.expanduser("trainer_output" if self.output_dir is None else self.output_dir)
+        folder: str | None = self.output_dir  # type: ignore[has-type]
+        self.output_dir = os.path.expanduser("trainer_output" if folder is None else folder)
 
     def _resolve(self) -> None:
         """Decide what is open, by the machine and by other options, and refuse what cannot be honoured."""
@@ -233,8 +234,8 @@ class FastDPOConfig(TrainingArguments):
             self.bf16 = (
                 not self.fp16 and not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
             )
-        if isinstance(self.fsdp_config, dict):
-            self.fsdp_config = dict(self.fsdp_config)  # transformers writes into it
+        settings: dict[str, Any] | None = self.fsdp_config  # type: ignore[has-type]
+        self.fsdp_config = None if settings is None else dict(settings)  # transformers writes into it
         checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None  # type: ignore[assignment]
         super().__post_init__()
         self.gradient_checkpointing = checkpointing

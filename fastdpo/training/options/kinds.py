@@ -246,9 +246,13 @@ def _is_enum(*annotation: Any) -> bool:
     return len(annotation) == 1 and isinstance(annotation[0], type) and issubclass(annotation[0], Enum)
 
 
-@functools.cache
-def kinds_of(config: type) -> dict[str, Kind]:
+def kinds_of(config: Any) -> dict[str, Kind]:
     """Option → its kind, of a dataclass of options."""
+    return _kinds_of(config)
+
+
+@functools.cache
+def _kinds_of(config: Any) -> dict[str, Kind]:
     hints = typing.get_type_hints(config)  # not Field.type, which argument parsers rewrite
     return {
         each.name: kind_of(each.name, hints[each.name], each.metadata.get("choices") or ())

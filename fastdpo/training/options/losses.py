@@ -93,7 +93,9 @@ def _check_read_by_losses(args: Any) -> None:
         return  # `loss_options` says which is unknown
     names = args.loss_type
     if args.label_smoothing and not any(loss.uses_label_smoothing for loss in losses):
-        without_effect(args, "label_smoothing", f"it does not act on {names}; set 0, or use {_users('label_smoothing')}.")
+        without_effect(
+            args, "label_smoothing", f"it does not act on {names}; set 0, or use {_users('label_smoothing')}."
+        )
     if args.f_divergence_type != "reverse_kl" and not any(loss.supports_f_divergence for loss in losses):
         reason = f"it does not act on {names}; use reverse_kl, or {_users('f_divergence')}."
         without_effect(args, "f_divergence_type", reason)

@@ -128,7 +128,9 @@ class DataConfig:
         if self.dataset_revision is not None and _is_local(data):
             without_effect(self, "dataset_revision", "dataset_name_or_path is local; drop it.")
         if self.dataset_config is not None and _is_local(data) and Path(str(data)).expanduser().is_file():
-            without_effect(self, "dataset_config", "dataset_name_or_path is a file, which has no configurations; drop it.")
+            without_effect(
+                self, "dataset_config", "dataset_name_or_path is a file, which has no configurations; drop it."
+            )
         evaluates = self.eval_split is not None or self.eval_dataset_name_or_path is not None
         if is_set(self, "max_eval_examples") and not evaluates:
             without_effect(self, "max_eval_examples", "set eval_split or eval_dataset_name_or_path, or drop it.")

@@ -33,7 +33,8 @@ def check_optimizer_package(optim: str) -> None:
         if any(part in optim for part in parts):
             if importlib.util.find_spec(module) is None:
                 raise OptionError(
-                    f"optim={optim!r} needs {package}, which is not installed: pip install {package}, or set optim=auto."
+                    f"optim={str(optim)!r} needs {package}, which is not installed: pip install {package}, or set "
+                    "optim=auto."
                 )
             return
 

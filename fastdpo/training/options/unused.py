@@ -1,4 +1,5 @@
-"""Options without effect: refused by name, or, with `ignore_unused_options`, said in one warning and left at default."""
+"""Options without effect: refused by name, or, with `ignore_unused_options`, said in one warning and left at their
+defaults."""
 
 from __future__ import annotations
 

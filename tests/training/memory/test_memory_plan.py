@@ -398,7 +398,9 @@ def test_spellings_of_checkpointing_are_one_option(tmp_path: Path) -> None:
 
 
 def test_options_that_cannot_act_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="activation_offloading=True has no effect here: it moves activations from a GPU to the host"):
+    with pytest.raises(
+        ValueError, match="activation_offloading=True has no effect here: it moves activations from a GPU to the host"
+    ):
         tiny.trainer(tmp_path, activation_offloading=True)
     with pytest.raises(ValueError, match="but gradient_checkpointing='false'"):
         tiny.config(tmp_path, activation_offloading=True, gradient_checkpointing=False)
