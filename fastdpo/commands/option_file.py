@@ -24,8 +24,8 @@ _LARGEST, _DEEPEST = 1 << 20, 20
 _NULL = ("", "~", "null", "Null", "NULL")
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
 _NUMBER = re.compile(r"[-+]?(\d+|(\d+\.?\d*|\.\d+)(e[-+]?\d+)?)", re.IGNORECASE | re.ASCII)
-#: How a message begins that names an option.
-_NAMED = re.compile(r"(\w+)\b")
+#: How a message names an option: in front, or as transformers does.
+_NAMED = re.compile(r"(?:^|--|`)(\w+)")
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class OptionFile:
     lines: Mapping[str, int] = field(default_factory=dict)
 
     def placed(self, error: ValueError, flags: Collection[str]) -> ValueError:
-        """The error with file and line in front, where it begins with an option that is of this file and none of the
+        """The error with file and line in front, where it names an option that is of this file and none of the
         `flags`."""
-        named = _NAMED.match(str(error))
-        name = named.group(1) if named else ""
-        if name not in self.lines or name in flags:
+        named = [name for name in _NAMED.findall(str(error)) if name in self.lines and name not in flags]
+        if not named:
             return error
+        name = named[0]
         return OptionError(f"{_place(self.path, self.lines[name])}: {error}")
 
 

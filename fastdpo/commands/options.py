@@ -183,11 +183,8 @@ def _flags(
             "after its flag, and several only where the option is a list."
         )
     found = {name: value for name, value in vars(namespace).items() if name in kinds and value is not absent}
-    # One word is the value itself where the option is a single value or a list
-    return {
-        name: value[0] if isinstance(value, list) and len(value) == 1 and kinds[name].single else value
-        for name, value in found.items()
-    }
+    # One word is the value itself, as one of a file is
+    return {name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in found.items()}
 
 
 def option_file(argv: list[str]) -> str | None:

@@ -45,6 +45,7 @@ from fastdpo.training.models.setup import (
 from fastdpo.training.models.sharded import reshard, use_on_cpus
 from fastdpo.training.objectives import Objective, Plan, PreferenceObjective, refuse_unread_options
 from fastdpo.training.options import FastDPOConfig
+from fastdpo.training.options.best_metric import check_best_metric
 from fastdpo.training.options.built import BuiltOptions
 from fastdpo.training.parts import Parts
 from fastdpo.training.rows import GlobalBatch
@@ -141,6 +142,9 @@ class FastDPOTrainer(SavingTrainer):
             optimizers=optimizers,
         )
         self.options = BuiltOptions(asked, args, self.args)
+        if self.eval_dataset is not None:
+            sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else None
+            check_best_metric(self.args.metric_for_best_model, self.objective.evaluated, sets)
         if self.is_deepspeed_enabled:
             raise ValueError("DeepSpeed is not supported; shard with FSDP2 (fsdp=True), or launch with torchrun.")
         if ref_model is not None and not is_quantized(ref_model) and not self.is_fsdp_enabled:

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from fastdpo.shown import shown
 from fastdpo.training.options import ModelConfig
 
 
@@ -140,10 +141,23 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     own = config.tokenizer_name_or_path
     source = os.path.expanduser(own or config.model_name_or_path or "")
     revision = "main" if own else config.model_revision or "main"  # the model's revision says nothing of another repo
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=config.trust_remote_code)
+    tokenizer = _tokenizer(source, "tokenizer_name_or_path" if own else "model_name_or_path", revision, config)
     if config.chat_template:
         path = Path(config.chat_template).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"chat_template={config.chat_template!r}: no such file. Give a Jinja template.")
         tokenizer.chat_template = path.read_text(encoding="utf-8")
     return tokenizer
+
+
+def _tokenizer(source: str, option: str, revision: str, config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Raises FileNotFoundError or ValueError, naming the option."""
+    looks_local = source.startswith((".", "/")) or source.count("/") > 1
+    if looks_local and not Path(source).exists():
+        raise FileNotFoundError(f"{option}={source!r}: no such folder. Give a local folder or a hub name.")
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        cause = shown(str(error).splitlines()[0] if str(error) else type(error).__name__)
+        advice = "Give a folder that a tokenizer was saved in, or a hub name."
+        raise ValueError(f"{option}={source!r}: no tokenizer could be loaded from it: {cause} {advice}") from error

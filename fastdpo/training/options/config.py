@@ -14,11 +14,17 @@ from fastdpo.formulas import BetaOptions, LossOptions
 from fastdpo.loss import DynamicBeta
 from fastdpo.training.options.effects import check_effects
 from fastdpo.training.options.fields import default_of, like, metadata_of, parameter
-from fastdpo.training.options.kinds import OptionError, check_fields, kinds_of
+from fastdpo.training.options.kinds import OptionError, check_fields, kinds_of, seen
 from fastdpo.training.options.losses import check_losses, loss_options, loss_parameters, make_dynamic_beta
 from fastdpo.training.options.optimizer import OPTIMIZERS, automatic_optimizer, check_optimizer_package
 from fastdpo.training.options.ranges import check_ranges
-from fastdpo.training.options.refused import refuse_optimizer, refuse_unsupported
+from fastdpo.training.options.refused import (
+    check_debug,
+    read_accelerator_config,
+    refuse_optimizer,
+    refuse_unsupported,
+    refuse_unsupported_sharing,
+)
 from fastdpo.training.options.secrets import without_secrets
 from fastdpo.training.options.sizes import (
     DEFAULT_MICRO_BATCH_TOKENS,
@@ -210,11 +216,14 @@ class FastDPOConfig(TrainingArguments):
         check_fields(self)
         check_ranges(self)
         self._join_checkpointing()
+        check_debug(self.debug)
+        self.accelerator_config = read_accelerator_config(self.accelerator_config)
         folder: str | None = self.output_dir  # type: ignore[has-type]
         self.output_dir = os.path.expanduser("trainer_output" if folder is None else folder)
 
     def _resolve(self) -> None:
         """Decide what is open, by the machine and by other options, and refuse what cannot be honoured."""
+        refuse_unsupported(self)
         refuse_optimizer(self.optim)
         check_trackers(self.report_to)
         check_losses(self)
@@ -241,14 +250,27 @@ class FastDPOConfig(TrainingArguments):
         self.gradient_checkpointing = checkpointing
         self.deterministic_attention |= self.full_determinism
         self.dataloader_pin_memory &= torch.accelerator.is_available()  # there is nothing to pin for
-        refuse_unsupported(self)
+        refuse_unsupported_sharing(self)
+
+    def _process_fsdp_args(self) -> Any:
+        """As transformers', with errors that name the option."""
+        try:
+            return super()._process_fsdp_args()
+        except (ValueError, TypeError, AttributeError) as error:
+            raise OptionError(f"fsdp_config={seen(self.fsdp_config)} cannot be used: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """As transformers', which trackers and our files get: without secrets in options that hold further ones."""
         return {name: without_secrets(value) for name, value in super().to_dict().items()}
 
     def _join_checkpointing(self) -> None:
-        """One option out of its two names, gradient_checkpointing and activation_checkpointing."""
+        """One option out of its two names, gradient_checkpointing and activation_checkpointing, and so its kwargs."""
+        old, new = "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"
+        if hasattr(self, new) and (given := getattr(self, old)) is not None:
+            if getattr(self, new) not in (None, given):
+                raise OptionError(f"{old} contradicts {new}; they are one option. Set one of them.")
+            setattr(self, new, given)
+            setattr(self, old, None)
         asked = getattr(self, "activation_checkpointing", None)  # its name from transformers 5.21 on
         if asked is not None:
             asked = str(asked).lower()

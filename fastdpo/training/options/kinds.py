@@ -46,6 +46,7 @@ _ALSO: dict[str, tuple[type, ...]] = {
     "debug": (list,),
     "resume_from_checkpoint": (bool,),
     "include_num_input_tokens_seen": (bool,),
+    "trackio_static_space_id": (bool,),
 }
 _CHOICES = {"include_num_input_tokens_seen": ("all", "non_padding", "no")}
 #: Where the path of a JSON file stands for what it holds.
