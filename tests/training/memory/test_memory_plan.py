@@ -18,6 +18,7 @@ from same_run import CUTS, assert_same_run
 from transformers import BloomConfig, BloomForCausalLM, TrainingArguments
 from worker import injected, state
 
+from fastdpo.estimate.options import EstimateConfig
 from fastdpo.training.memory import OutOfMemory
 from fastdpo.training.memory import trial as memory_trial
 from fastdpo.training.memory.plan import checkpointing_name, is_out_of_memory
@@ -403,7 +404,7 @@ def test_options_that_cannot_act_are_refused(tmp_path: Path) -> None:
     ):
         tiny.trainer(tmp_path, activation_offloading=True)
     with pytest.raises(ValueError, match="but gradient_checkpointing='false'"):
-        tiny.config(tmp_path, activation_offloading=True, gradient_checkpointing=False)
+        EstimateConfig(device="rtx-3060", activation_offloading=True, gradient_checkpointing=False)
     with pytest.raises(ValueError, match="memory_limit='8GB' has no effect with micro_batch_tokens=512"):
         tiny.config(tmp_path, memory_limit="8GB", micro_batch_tokens="512")
     for wrong in ("much", "-3GB", "0GB"):
