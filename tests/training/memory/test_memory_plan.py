@@ -405,7 +405,7 @@ def test_options_that_cannot_act_are_refused(tmp_path: Path) -> None:
         tiny.trainer(tmp_path, activation_offloading=True)
     with pytest.raises(ValueError, match="but gradient_checkpointing='false'"):
         EstimateConfig(device="rtx-3060", activation_offloading=True, gradient_checkpointing=False)
-    with pytest.raises(ValueError, match="memory_limit='8GB' has no effect with micro_batch_tokens=512"):
+    with pytest.raises(ValueError, match="memory_limit='8GB' has no effect here: micro_batch_tokens='512'"):
         tiny.config(tmp_path, memory_limit="8GB", micro_batch_tokens="512")
     for wrong in ("much", "-3GB", "0GB"):
         with pytest.raises(ValueError, match=f"memory_limit='{wrong}': a (positive )?size such as 12GB"):
