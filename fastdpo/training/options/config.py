@@ -217,7 +217,7 @@ class FastDPOConfig(TrainingArguments):
         check_ranges(self)
         self._join_checkpointing()
         check_debug(self.debug)
-        self.accelerator_config = read_accelerator_config(self.accelerator_config)
+        self.accelerator_config = read_accelerator_config(self.accelerator_config)  # type: ignore[has-type]
         folder: str | None = self.output_dir  # type: ignore[has-type]
         self.output_dir = os.path.expanduser("trainer_output" if folder is None else folder)
 
