@@ -18,6 +18,7 @@ from fastdpo.estimate.prediction import Estimate
 from fastdpo.estimate.timing import KINDS
 from fastdpo.shown import markup, terminal
 from fastdpo.training.options import ModelConfig
+from fastdpo.training.options.unused import effective
 
 _DESCRIPTION = """Predict the peak memory of a training run, part by part, the time split of a step, and the largest
 micro-batch and pair that a card holds. Reads a configuration, no weights; needs no GPU.
@@ -30,13 +31,11 @@ def main(argv: list[str]) -> int:
     """Parse, predict, print. Returns 0; raises what `fastdpo.commands.cli` reports."""
     with stage("reading the options"):
         parser = make_parser("fastdpo estimate", _DESCRIPTION, ModelConfig, EstimateConfig)
-        if "--demo" in argv:
-            parser.set_defaults(**demo_settings())
-        model, config = parse(parser, argv)
+        model, config = parse(parser, argv, demo_settings() if "--demo" in argv else None)
         if config.demo and "--demo" not in argv:
             raise ValueError("demo=True acts as the flag --demo only, as it changes the other options' defaults.")
     with stage("predicting"):
-        estimate = Estimate(model, config)
+        estimate = Estimate(effective(model), effective(config))
     if config.json:
         print(json.dumps(estimate.as_dict(), indent=1))
     else:

@@ -17,6 +17,8 @@ from fastdpo.data import load_preferences
 from fastdpo.shown import markup, shown, terminal
 from fastdpo.training.models.loading import load_model, load_tokenizer, lora_config
 from fastdpo.training.options import DataConfig, FastDPOConfig, ModelConfig
+from fastdpo.training.options.fields import is_set
+from fastdpo.training.options.unused import effective, without_effect
 from fastdpo.training.ranks import Ranks
 from fastdpo.training.runs.artifacts import metrics_of
 from fastdpo.training.runs.folder import RunFolder
@@ -38,11 +40,23 @@ def main(argv: list[str]) -> int:
     """Parse, load, train, evaluate, save. Returns 0; raises what `fastdpo.commands.cli` reports."""
     with stage("reading the options"):
         parser = make_parser("fastdpo train", _DESCRIPTION, ModelConfig, DataConfig, FastDPOConfig)
-        model_config, data_config, args = parse(parser, argv)
+        model_config, data_config, args = parse(parser, argv, check=check_together)
     with beside(args.output_dir):
         run(model_config, data_config, args, option_file(argv))
     PartialState().destroy_process_group()  # nothing without one; its threads must not outlive the interpreter
     return 0
+
+
+def check_together(model: ModelConfig, data: DataConfig, args: FastDPOConfig) -> None:
+    """Refuse or note options of one config that act only beside those of another. Raises OptionError."""
+    if model.lora_dropout and args.disable_dropout:
+        without_effect(model, "lora_dropout", "disable_dropout=True switches it off; set disable_dropout=False.")
+    if args.model_init_kwargs:
+        without_effect(
+            args,
+            "model_init_kwargs",
+            "the model is loaded as dtype, attn_implementation, model_revision, ... say. Set these.",
+        )
 
 
 def run(
@@ -52,6 +66,8 @@ def run(
 
     option_file: where the options were read from; it stays also where it is the run's that is overwritten.
     """
+    options = {**_set_options(model_config), **_set_options(data_config)}
+    model_config, data_config = effective(model_config), effective(data_config)
     if model_config.model_name_or_path is None:
         raise ValueError("model_name_or_path is required: a local folder or a hub name.")
     if data_config.dataset_name_or_path is None:
@@ -81,7 +97,6 @@ def run(
                 peft_config=lora_config(model_config),
             )
         trainer.parts.checkpoints.protect(sources, keep=[Path(option_file)] if option_file else [])
-        options = {**_set_options(model_config), **_set_options(data_config)}
         return _train(trainer, terminal(), options, evaluates=eval_dataset is not None)
 
 
@@ -142,12 +157,8 @@ def load_datasets(config: DataConfig) -> tuple[Dataset, Dataset | None]:
 
 def _set_options(config: Any) -> dict[str, Any]:
     """The options that differ from their defaults."""
-    defaults = type(config)()
-    return {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(config)
-        if getattr(config, field.name) != getattr(defaults, field.name)
-    }
+    names = [field.name for field in dataclasses.fields(config)]
+    return {name: getattr(config, name) for name in names if is_set(config, name)}
 
 
 def _summary(results: dict[str, Any]) -> Table:

@@ -27,6 +27,9 @@ from fastdpo.demo.smollm2 import prepare_model
 from fastdpo.shown import markup, terminal
 from fastdpo.training.models.loading import load_model, load_tokenizer, lora_config
 from fastdpo.training.options import FastDPOConfig, ModelConfig
+from fastdpo.training.options.kinds import OptionError, check_fields, seen
+from fastdpo.training.options.ranges import check_ranges
+from fastdpo.training.options.sizes import check_micro_batch_tokens
 from fastdpo.training.runs.artifacts import METRICS_FILE, metrics_of
 from fastdpo.training.runs.folder import RunFolder
 from fastdpo.training.runs.start import begin_start
@@ -64,12 +67,13 @@ class DemoConfig:
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run that output_dir holds."})
 
     def __post_init__(self) -> None:
-        if self.pairs not in ("auto", "all") and not (self.pairs.isdigit() and int(self.pairs) >= 1):
-            raise ValueError(f"pairs={self.pairs!r}: auto, all, or a number of at least 1.")
-        if self.pairs_per_step < 1:
-            raise ValueError(f"pairs_per_step={self.pairs_per_step}: at least 1.")
-        if self.minutes <= 0:
-            raise ValueError(f"minutes={self.minutes}: a positive time.")
+        check_fields(self)
+        check_ranges(self)
+        check_micro_batch_tokens(self.micro_batch_tokens)
+        if self.pairs not in ("auto", "all") and not (
+            self.pairs.isdecimal() and len(self.pairs) < 19 and int(self.pairs) >= 1
+        ):
+            raise OptionError(f"pairs={seen(self.pairs)}: auto, all, or a number of at least 1.")
 
 
 def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import torch
 from fastdpo.estimate.activations import MAX_LENGTH, PairShape
 from fastdpo.estimate.devices import GPUS, Device
 from fastdpo.training.options import FastDPOConfig
-from fastdpo.training.options.fields import check_fields, like
+from fastdpo.training.options.fields import like
+from fastdpo.training.options.kinds import check_fields
 from fastdpo.training.options.sizes import (
     DEFAULT_MICRO_BATCH_TOKENS,
     bytes_of,
@@ -22,6 +23,7 @@ from fastdpo.training.options.sizes import (
     check_offloading,
     head_workspace_bytes,
 )
+from fastdpo.training.options.unused import without_effect
 
 #: The most cards that are compared, pairs of a step, and digits of a budget; more is a slip of the keyboard.
 MAX_CARDS, MAX_PAIRS, MAX_DIGITS = 32, 2**24, 18
@@ -67,6 +69,7 @@ class EstimateConfig:
     )
     bf16: bool | None = like(FastDPOConfig, "bf16", "bfloat16 autocast. Default: on for a GPU.")
     router_aux_loss_coef: float | None = like(FastDPOConfig, "router_aux_loss_coef")
+    ignore_unused_options: bool = like(FastDPOConfig, "ignore_unused_options")
     demo: bool = field(
         default=False,
         metadata={"help": "Start from the settings of `fastdpo demo`. Only as a flag; others override it."},
@@ -83,11 +86,11 @@ class EstimateConfig:
         check_offloading(self)
         head_workspace_bytes(self.head_workspace)
         if self.on_cpu and self.head_workspace != type(self).head_workspace:
-            raise ValueError(f"head_workspace={self.head_workspace!r} has no effect with device='cpu'; drop it.")
+            without_effect(self, "head_workspace", "it is of a GPU, and device is the CPU; drop it.")
         if self.on_cpu and self.activation_offloading:
-            raise ValueError("activation_offloading=True needs a GPU; on a CPU there is nowhere to move to.")
+            without_effect(self, "activation_offloading", "it needs a GPU; on a CPU there is nowhere to move to.")
         if self.on_cpu and self.gpu_memory:
-            raise ValueError(f"gpu_memory={self.gpu_memory!r} has no effect with device='cpu'; name a GPU or neither.")
+            without_effect(self, "gpu_memory", "device='cpu'; name a GPU or neither.")
         self.cards()
 
     def _check_magnitudes(self) -> None:

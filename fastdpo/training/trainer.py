@@ -36,7 +36,6 @@ from fastdpo.training.models.limits import limits_of
 from fastdpo.training.models.quantized import is_quantized
 from fastdpo.training.models.setup import (
     adapter_files,
-    check_offloading,
     check_optimizer,
     fold_accumulation,
     model_name,
@@ -47,6 +46,8 @@ from fastdpo.training.models.setup import (
 from fastdpo.training.models.sharded import reshard, use_on_cpus
 from fastdpo.training.objectives import Objective, Plan, PreferenceObjective, refuse_unread_options
 from fastdpo.training.options import FastDPOConfig
+from fastdpo.training.options.best_metric import check_best_metric
+from fastdpo.training.options.built import BuiltOptions
 from fastdpo.training.parts import Parts
 from fastdpo.training.rows import GlobalBatch
 from fastdpo.training.rows.attention import prepare_deterministic
@@ -116,6 +117,7 @@ class FastDPOTrainer(SavingTrainer):
             args = FastDPOConfig(output_dir=f"{model_name(model)}-FastDPO")
         elif not isinstance(args, FastDPOConfig):
             raise TypeError(f"args is a {type(args).__name__}; give a fastdpo.FastDPOConfig.")
+        asked, args = args, args.resolved()
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs are visible to one process. Start one process per GPU (torchrun, accelerate "
@@ -126,8 +128,7 @@ class FastDPOTrainer(SavingTrainer):
             prepare_deterministic()
         set_seed(args.seed)  # fresh adapters are random
         model, ref_model = prepare_models(model, ref_model, args, quantization_config, peft_config)
-        check_offloading(args)
-        self.config, self.tokenizer = args, resolve_tokenizer(processing_class, model)
+        self.tokenizer = resolve_tokenizer(processing_class, model)
         check_optimizer(optimizers[0], model)
         self._given = optimizers
         folded = fold_accumulation(args)
@@ -146,6 +147,10 @@ class FastDPOTrainer(SavingTrainer):
             callbacks=list(callbacks or []),
             optimizers=optimizers,
         )
+        self.options = BuiltOptions(asked, args, self.args)
+        if self.eval_dataset is not None:
+            sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else None
+            check_best_metric(self.args.metric_for_best_model, self.objective.evaluated, sets)
         if self.is_deepspeed_enabled:
             raise ValueError("DeepSpeed is not supported; shard with FSDP2 (fsdp=True), or launch with torchrun.")
         if ref_model is not None and not is_quantized(ref_model) and not self.is_fsdp_enabled:
@@ -279,9 +284,11 @@ class FastDPOTrainer(SavingTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As transformers' train, with exact resume. Default: `args.resume_from_checkpoint`.
 
-        Raises ValueError where nothing could be trained, CheckpointError (an unusable output folder or checkpoint),
-        NonFiniteLossError, TrainingInterrupted, or, from `runs.failures`, OptimizerOutOfMemory and RankStopped.
+        Raises OptionError for an option that was changed in `args` and is bound since the trainer was built, ValueError
+        where nothing could be trained, CheckpointError (an unusable output folder or checkpoint), NonFiniteLossError,
+        TrainingInterrupted, or, from `runs.failures`, OptimizerOutOfMemory and RankStopped.
         """
+        self.options.check()
         refuse_standstill(self.args, self.model, self.train_dataset, self._given)
         saving, self._skips = self.saving, SkippedSteps()
         with saving.held():
@@ -395,6 +402,11 @@ class FastDPOTrainer(SavingTrainer):
         scores = Scores.unstack(torch.as_tensor(found.predictions), self.objective.completions)
         columns = torch.stack(list(self.objective.named(scores).values()), dim=1)
         return found._replace(predictions=columns.numpy())
+
+    def found_by_trial(self) -> dict[str, Any]:
+        """What the memory plan has come to."""
+        memory = self.parts.memory
+        return {"micro_batch_tokens": memory.train_tokens, "gradient_checkpointing": memory.checkpointing}
 
     # Logging
 

@@ -200,14 +200,6 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, model: PreTrainedMo
             )
 
 
-def check_offloading(args: FastDPOConfig) -> None:
-    if args.activation_offloading and args.device.type == "cpu":
-        raise ValueError(
-            "activation_offloading=True moves activations from a GPU to the host, where this run is already. Drop it; "
-            "gradient_checkpointing=True saves memory here."
-        )
-
-
 def fold_accumulation(args: FastDPOConfig) -> FastDPOConfig:
     """A copy of `args` whose dataloader batch is the whole optimizer batch: transformers accumulates nothing, and
     checkpoints no layers."""

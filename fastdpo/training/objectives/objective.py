@@ -85,6 +85,8 @@ class Objective(ABC):
     couples_batch: bool = False
     #: Options of preference losses in `FastDPOConfig` that it reads; others that are set are refused.
     reads: tuple[str, ...] = ()
+    #: What an evaluation reports, for `metric_for_best_model` to be checked early; None: that is not known ahead.
+    evaluated: tuple[str, ...] | None = None
     #: Statistics of the head in `Scores.statistics`, by `linear_logprob`'s names.
     statistics: tuple[str, ...] = ()
 

@@ -106,6 +106,10 @@ class PreferenceObjective(Objective):
     """The run's losses, with its options bound."""
 
     completion_columns = ("chosen_ids", "rejected_ids")
+    evaluated = (
+        "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
+        "logps/rejected",
+    )  # fmt: skip
 
     def __init__(self, args: FastDPOConfig) -> None:
         self.args = args

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import os
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -10,11 +12,20 @@ from transformers import TrainingArguments
 
 from fastdpo.formulas import BetaOptions, LossOptions
 from fastdpo.loss import DynamicBeta
-from fastdpo.training.options.fields import check_fields, like, metadata_of, parameter
+from fastdpo.training.options.effects import check_effects
+from fastdpo.training.options.fields import default_of, like, metadata_of, parameter
+from fastdpo.training.options.kinds import OptionError, check_fields, kinds_of, seen
 from fastdpo.training.options.losses import check_losses, loss_options, loss_parameters, make_dynamic_beta
-from fastdpo.training.options.optimizer import automatic_optimizer
+from fastdpo.training.options.optimizer import OPTIMIZERS, automatic_optimizer, check_optimizer_package
 from fastdpo.training.options.paths import check_paths
-from fastdpo.training.options.refused import refuse_unsupported
+from fastdpo.training.options.ranges import check_ranges
+from fastdpo.training.options.refused import (
+    check_debug,
+    read_accelerator_config,
+    refuse_optimizer,
+    refuse_unsupported,
+    refuse_unsupported_sharing,
+)
 from fastdpo.training.options.secrets import without_secrets
 from fastdpo.training.options.sizes import (
     DEFAULT_MICRO_BATCH_TOKENS,
@@ -26,6 +37,8 @@ from fastdpo.training.options.sizes import (
     check_offloading,
     head_workspace_bytes,
 )
+from fastdpo.training.options.trackers import check_trackers
+from fastdpo.training.options.unused import effective, ignored_in, is_collecting, warn_of_ignored
 
 
 @dataclass
@@ -37,6 +50,10 @@ class FastDPOConfig(TrainingArguments):
     `logging_steps` is 10, `logging_nan_inf_filter` is off and stays off. The batch that β, the filter and the loss see
     is `per_device_train_batch_size × gradient_accumulation_steps` pairs per rank; how many of them share a forward is
     `micro_batch_tokens` and changes nothing but memory and speed.
+
+    Its fields hold what was asked: `optim` stays "auto", `bf16` None, `eval_steps` open, so that
+    `dataclasses.replace(config, beta=0.2)` changes β alone. What they come to on this machine is in `resolved()`, which
+    a trainer has as its `args`.
     """
 
     bf16: bool | None = field(
@@ -46,7 +63,8 @@ class FastDPOConfig(TrainingArguments):
     optim: str = field(
         default="auto",
         metadata={
-            "help": "Optimizer. auto: on a GPU bitsandbytes' paged 8-bit AdamW, where that is installed; else torch's."
+            "help": "Optimizer. auto: on a GPU bitsandbytes' paged 8-bit AdamW, where that is installed; else torch's.",
+            "choices": OPTIMIZERS,
         },
     )
     logging_nan_inf_filter: bool = field(
@@ -157,6 +175,13 @@ class FastDPOConfig(TrainingArguments):
     backend: str = field(
         default="auto", metadata={"help": "Loss backend; see `fastdpo info`.", "choices": ["auto", "torch", "triton"]}
     )
+    ignore_unused_options: bool = field(
+        default=False,
+        metadata={
+            "help": "For sweeps: options without effect, of the model and the data too, are named in one warning and "
+            "left at their defaults, instead of refused."
+        },
+    )
     router_aux_loss_coef: float | None = field(
         default=None, metadata={"help": "Only 0: the auxiliary loss of a mixture of experts is not supported."}
     )
@@ -167,50 +192,92 @@ class FastDPOConfig(TrainingArguments):
     _VALID_DICT_FIELDS: ClassVar = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     def __post_init__(self) -> None:
-        self._resolve_checkpointing()
+        self._normalise()
+        asked = {name: copy.deepcopy(getattr(self, name)) for name in kinds_of(type(self))}
+        self._resolve()
+        for name, value in asked.items():
+            if getattr(self, name) != value:
+                setattr(self, name, value)
+        if not is_collecting():
+            warn_of_ignored(ignored_in(self))
+
+    def resolved(self) -> FastDPOConfig:
+        """A copy whose options are what transformers reads, and this trainer: nothing is "auto" or open that is decided
+        by the machine or by other options, and what is ignored is at its default. The trainer's `args`.
+
+        Raises ValueError for options that were changed since to what they do not accept.
+        """
+        found = effective(self)
+        found._normalise()
+        found._resolve()
+        return found
+
+    def _normalise(self) -> None:
+        """Each option as its kind holds it, in one spelling. Depends on no other option, and on no machine."""
+        check_fields(self)
+        check_paths(self)
+        check_ranges(self)
+        self._join_checkpointing()
+        check_debug(self.debug)
+        self.accelerator_config = read_accelerator_config(self.accelerator_config)  # type: ignore[has-type]
+        folder: str | None = self.output_dir  # type: ignore[has-type]
+        self.output_dir = os.path.expanduser("trainer_output" if folder is None else folder)
+
+    def _resolve(self) -> None:
+        """Decide what is open, by the machine and by other options, and refuse what cannot be honoured."""
+        refuse_unsupported(self)
+        refuse_optimizer(self.optim)
+        check_trackers(self.report_to)
+        check_losses(self)
+        check_lengths(self, least="at least 1 token, or None for no limit.")
+        check_micro_batch_tokens(self.micro_batch_tokens)
+        head_workspace_bytes(self.head_workspace)
+        check_memory_limit(self)
+        check_effects(self, torch.cuda.is_available() and not self.use_cpu)
+        for option in ignored_in(self):
+            name = option.partition("=")[0]
+            setattr(self, name, default_of(self, name))
+        check_offloading(self)
         if self.optim == "auto":
             self.optim = automatic_optimizer(torch.cuda.is_available() and not self.use_cpu)
+        check_optimizer_package(self.optim)
         if self.bf16 is None:
             self.bf16 = (
                 not self.fp16 and not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
             )
-        if isinstance(self.loss_type, str):
-            self.loss_type = [self.loss_type]
-        if isinstance(self.loss_weights, (int, float)):
-            self.loss_weights = [self.loss_weights]
-        check_fields(self)
-        check_paths(self)
+        settings: dict[str, Any] | None = self.fsdp_config  # type: ignore[has-type]
+        self.fsdp_config = None if settings is None else dict(settings)  # transformers writes into it
         checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None  # type: ignore[assignment]
         super().__post_init__()
         self.gradient_checkpointing = checkpointing
         self.deterministic_attention |= self.full_determinism
         self.dataloader_pin_memory &= torch.accelerator.is_available()  # there is nothing to pin for
-        refuse_unsupported(self)
-        check_losses(self)
-        check_lengths(self, least="at least 1 token, or None for no limit.")
-        check_micro_batch_tokens(self.micro_batch_tokens)
-        head_workspace_bytes(self.head_workspace)
-        check_memory_limit(self.memory_limit, self.micro_batch_tokens)
-        check_offloading(self)
-        if self.reference == "online" and self.reference_cache_dir is not None:
-            raise ValueError(
-                f"reference_cache_dir={self.reference_cache_dir!r} has no effect with reference='online', which keeps "
-                "nothing. Choose lazy or precompute."
-            )
+        refuse_unsupported_sharing(self)
+
+    def _process_fsdp_args(self) -> Any:
+        """As transformers', with errors that name the option."""
+        try:
+            return super()._process_fsdp_args()
+        except (ValueError, TypeError, AttributeError) as error:
+            raise OptionError(f"fsdp_config={seen(self.fsdp_config)} cannot be used: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """As transformers', which trackers and our files get: without secrets in options that hold further ones."""
         return {name: without_secrets(value) for name, value in super().to_dict().items()}
 
-    def _resolve_checkpointing(self) -> None:
-        """One option out of its three spellings: gradient_checkpointing, activation_checkpointing, true and false."""
-        if isinstance(self.gradient_checkpointing, bool):
-            self.gradient_checkpointing = str(self.gradient_checkpointing).lower()
+    def _join_checkpointing(self) -> None:
+        """One option out of its two names, gradient_checkpointing and activation_checkpointing, and so its kwargs."""
+        old, new = "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"
+        if hasattr(self, new) and (given := getattr(self, old)) is not None:
+            if getattr(self, new) not in (None, given):
+                raise OptionError(f"{old} contradicts {new}; they are one option. Set one of them.")
+            setattr(self, new, given)
+            setattr(self, old, None)
         asked = getattr(self, "activation_checkpointing", None)  # its name from transformers 5.21 on
         if asked is not None:
-            asked = str(bool(asked)).lower()
+            asked = str(asked).lower()
             if self.gradient_checkpointing not in ("auto", asked):
-                raise ValueError(
+                raise OptionError(
                     f"activation_checkpointing={asked} contradicts gradient_checkpointing="
                     f"{self.gradient_checkpointing!r}; they are one option. Set one of them."
                 )

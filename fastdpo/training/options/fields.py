@@ -1,8 +1,8 @@
-"""Fields of options dataclasses: taken over from others, and checked as argparse would."""
+"""Fields of options dataclasses, taken over from others, and their defaults."""
 
 from __future__ import annotations
 
-from dataclasses import MISSING, Field, field, fields
+from dataclasses import MISSING, Field, field
 from typing import Any
 
 from fastdpo.formulas import PARAMETERS
@@ -29,34 +29,12 @@ def parameter(name: str) -> Any:
     return field(default=PARAMETERS[name].default, metadata={"help": PARAMETERS[name].help})
 
 
-def check_fields(config: Any) -> None:
-    """What argparse checks on the command line, for options that come from YAML or Python.
-
-    Raises ValueError where a field with `choices` holds something else, or where None stands in a field that needs a
-    value. A single string in the place of a list becomes a list of one.
-    """
-    own = type(config).__annotations__  # not Field.type, which argument parsers rewrite
-    for each in fields(config):
-        value, kind = getattr(config, each.name), str(own.get(each.name))
-        if value is None and each.name in own and "None" not in kind:
-            raise ValueError(f"{each.name}=None: a value is needed; leave the option out for its default.")
-        if isinstance(value, str) and kind.startswith("list[str]"):
-            setattr(config, each.name, [value])
-        accepted = each.metadata.get("choices")
-        if accepted and value not in (*accepted, None):
-            raise ValueError(f"{each.name}={value!r} is unknown; accepted are {', '.join(accepted)}.")
-
-
 def is_set(config: Any, name: str) -> bool:
     """Whether the option `name` differs from its default."""
+    return bool(getattr(config, name) != default_of(config, name))
+
+
+def default_of(config: Any, name: str) -> Any:
+    """The default of the option `name`."""
     found = config.__dataclass_fields__[name]
-    default = found.default_factory() if callable(found.default_factory) else found.default
-    return bool(getattr(config, name) != default)
-
-
-def check_conditions(config: Any, met: set[str], conditions: tuple[tuple[tuple[str, ...], str, str], ...]) -> None:
-    """Raise ValueError for an option that was changed but acts only under a condition that is not in `met`."""
-    for names, condition, advice in conditions:
-        for name in names:
-            if is_set(config, name) and not met & {name, condition}:
-                raise ValueError(f"{name}={getattr(config, name)!r} has no effect here: {advice}")
+    return found.default_factory() if callable(found.default_factory) else found.default

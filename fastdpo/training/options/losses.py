@@ -12,7 +12,8 @@ from typing import Any
 
 from fastdpo.formulas import F_DIVERGENCES, LOSSES, PARAMETERS, BetaOptions, LossOptions
 from fastdpo.loss import DynamicBeta
-from fastdpo.training.options.fields import check_conditions
+from fastdpo.training.options.kinds import OptionError
+from fastdpo.training.options.unused import check_conditions, effective, without_effect
 
 #: Fields of `LossOptions` and `BetaOptions` → options of the trainer, where the two differ. Most are TRL's names.
 OPTION_NAMES = {
@@ -71,17 +72,40 @@ def make_dynamic_beta(args: Any) -> DynamicBeta:
 
 
 def check_losses(args: Any) -> None:
-    """Raise ValueError for an option that is out of range, or that the losses chosen do not read."""
+    """Raise ValueError for an option that is out of range; refuse or note one that the losses chosen do not read."""
+    _check_read_by_losses(args)
+    args = effective(args)
     loss_options(args)
     if args.ld_alpha is not None and not 0.0 <= args.ld_alpha <= 1.0:
-        raise ValueError(f"ld_alpha={args.ld_alpha}: a weight in [0, 1]; 1 is plain DPO.")
-    if args.use_weighting and any(LOSSES[name].sorts_batch for name in args.loss_type):
-        raise ValueError(f"use_weighting=True needs losses of single pairs, but loss_type={args.loss_type} sorts.")
-    met = {"dynamic_beta"} if args.dynamic_beta else set()
-    check_conditions(args, met | set(loss_parameters(args)), _CONDITIONS)
-    if args.dynamic_beta and args.beta_scope == "instance" and any(LOSSES[name].sorts_batch for name in args.loss_type):
-        raise ValueError(f"beta_scope='instance' needs losses of single pairs, but loss_type={args.loss_type} sorts.")
+        raise OptionError(f"ld_alpha={args.ld_alpha}: a weight in [0, 1]; 1 is plain DPO.")
+    sorts = any(LOSSES[name].sorts_batch for name in args.loss_type)
+    if args.use_weighting and sorts:
+        raise OptionError(f"use_weighting=True needs losses of single pairs, but loss_type={args.loss_type} sorts.")
+    if args.dynamic_beta and args.beta_scope == "instance" and sorts:
+        raise OptionError(f"beta_scope='instance' needs losses of single pairs, but loss_type={args.loss_type} sorts.")
     if args.dynamic_beta:
         make_dynamic_beta(args)
-        if not any(LOSSES[name].uses_beta for name in args.loss_type):
-            raise ValueError(f"dynamic_beta=True has no effect on loss_type={args.loss_type}, which has no β.")
+
+
+def _check_read_by_losses(args: Any) -> None:
+    losses = [LOSSES[name] for name in args.loss_type if name in LOSSES]
+    if len(losses) != len(args.loss_type):
+        return  # `loss_options` says which is unknown
+    names = args.loss_type
+    if args.label_smoothing and not any(loss.uses_label_smoothing for loss in losses):
+        without_effect(
+            args, "label_smoothing", f"it does not act on {names}; set 0, or use {_users('label_smoothing')}."
+        )
+    if args.f_divergence_type != "reverse_kl" and not any(loss.supports_f_divergence for loss in losses):
+        reason = f"it does not act on {names}; use reverse_kl, or {_users('f_divergence')}."
+        without_effect(args, "f_divergence_type", reason)
+    scales = any(loss.uses_beta for loss in losses)
+    if args.dynamic_beta and not scales:
+        without_effect(args, "dynamic_beta", f"loss_type={names} has no β.")
+    met = {"dynamic_beta"} if args.dynamic_beta and scales else set()
+    check_conditions(args, met | set(loss_parameters(effective(args))), _CONDITIONS)
+
+
+def _users(option: str) -> str:
+    attribute = {"label_smoothing": "uses_label_smoothing", "f_divergence": "supports_f_divergence"}[option]
+    return f"one of {', '.join(loss.name for loss in LOSSES.values() if getattr(loss, attribute))}"

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
-from fastdpo.training.options.fields import check_conditions, check_fields
+from fastdpo.training.options.fields import is_set
+from fastdpo.training.options.kinds import OptionError, check_fields
 from fastdpo.training.options.paths import check_paths
+from fastdpo.training.options.ranges import check_ranges
+from fastdpo.training.options.unused import check_conditions, without_effect
 
 _LORA_OPTIONS = (
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "use_rslora", "use_dora",
@@ -89,10 +93,13 @@ class ModelConfig:
                 "use_lora=False trains every weight, but load_in_4bit=True quantises them, and quantised weights "
                 "cannot be trained. Leave one of the two out."
             )
+        check_ranges(self)
         if self.lora_r < 1:
-            raise ValueError(f"lora_r={self.lora_r}: the rank of a LoRA is at least 1; 8 to 64 are usual.")
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout={self.lora_dropout}: a probability in [0, 1).")
+            raise OptionError(f"lora_r={self.lora_r}: the rank of a LoRA is at least 1; 8 to 64 are usual.")
+        if not self.lora_target_modules:
+            raise OptionError("lora_target_modules=[]: names of modules, or all-linear. use_lora=False trains all.")
+        if self.model_revision is not None and _is_local(self.model_name_or_path):
+            without_effect(self, "model_revision", "model_name_or_path is a local folder; drop it.")
 
 
 @dataclass
@@ -124,3 +131,21 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         check_paths(self)
+        check_ranges(self)
+        data = self.dataset_name_or_path
+        if self.dataset_revision is not None and _is_local(data):
+            without_effect(self, "dataset_revision", "dataset_name_or_path is local; drop it.")
+        if self.dataset_config is not None and _is_local(data) and Path(str(data)).expanduser().is_file():
+            without_effect(
+                self, "dataset_config", "dataset_name_or_path is a file, which has no configurations; drop it."
+            )
+        evaluates = self.eval_split is not None or self.eval_dataset_name_or_path is not None
+        if is_set(self, "max_eval_examples") and not evaluates:
+            without_effect(self, "max_eval_examples", "set eval_split or eval_dataset_name_or_path, or drop it.")
+
+
+def _is_local(name: str | None) -> bool:
+    try:
+        return name is not None and Path(name).expanduser().exists()
+    except (OSError, RuntimeError):  # links in a circle, no home: whoever opens it says so
+        return False

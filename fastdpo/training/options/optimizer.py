@@ -1,4 +1,4 @@
-"""The optimizer that `optim="auto"` stands for, which depends on what is installed."""
+"""The optimizers: which are accepted, what package each needs, and which one `optim="auto"` stands for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,37 @@ import functools
 import importlib.util
 import logging
 
+from transformers.training_args import OptimizerNames
+
+from fastdpo.training.options.kinds import OptionError
+
 logger = logging.getLogger(__name__)
+
+#: By transformers' names, and auto.
+OPTIMIZERS = ("auto", *(each.value for each in OptimizerNames))
+#: Part of a name → the module it needs, and the package that has it, where the two differ. The first that fits counts.
+_PACKAGES = (
+    (("galore",), "galore_torch", "galore-torch"),
+    (("apollo",), "apollo_torch", "apollo-torch"),
+    (("grokadamw",), "grokadamw", "grokadamw"),
+    (("schedule_free",), "schedulefree", "schedulefree"),
+    (("stable_adamw",), "optimi", "torch-optimi"),
+    (("adamw_torch_4bit", "adamw_torch_8bit"), "torchao", "torchao"),
+    (("adamw_anyprecision",), "torchdistx", "torchdistx"),
+    (("_8bit", "paged_", "_bnb", "lion_", "ademamix"), "bitsandbytes", "bitsandbytes"),
+)
+
+
+def check_optimizer_package(optim: str) -> None:
+    """Raise OptionError for an optimizer whose package is not installed."""
+    for parts, module, package in _PACKAGES:
+        if any(part in optim for part in parts):
+            if importlib.util.find_spec(module) is None:
+                raise OptionError(
+                    f"optim={str(optim)!r} needs {package}, which is not installed: pip install {package}, or set "
+                    "optim=auto."
+                )
+            return
 
 
 def automatic_optimizer(on_gpu: bool) -> str:

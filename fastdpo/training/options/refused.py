@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.debug_utils import DebugOption
+from transformers.trainer_pt_utils import AcceleratorConfig
 
+from fastdpo.training.options.kinds import OptionError, kinds_of, seen, suggestion
 from fastdpo.version import __version__
 
 _ADAPTER_HELP = "`{}` acts on how transformers' Trainer {}, which this trainer replaces. Leave it unset."
+_RECOMPILES = "Micro-batches vary in shape from step to step, so every step would recompile."
 #: TrainingArguments that cannot be honoured: name -> (accepted values, reason and next step).
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "auto_find_batch_size": (
@@ -36,10 +40,21 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "parallelism_config": ((None,), "Run with plain data parallelism (torchrun, accelerate launch)."),
     "prediction_loss_only": ((False,), "Evaluation always reports the preference metrics."),
     "save_on_each_node": ((False,), "A run has one folder, which every node must see."),
-    "torch_compile": ((False,), "Micro-batches vary in shape from step to step, so every step would recompile."),
+    "torch_compile": ((False,), _RECOMPILES),
+    "torch_compile_backend": ((None,), _RECOMPILES),
+    "torch_compile_mode": ((None,), _RECOMPILES),
     "use_liger_kernel": ((False,), "It patches the loss that this trainer computes itself."),
 }
 REFUSED_OPTIMIZERS = ("lomo", "adalomo")
+
+
+def refuse_optimizer(optim: str) -> None:
+    """Raise OptionError for an optimizer that cannot be used."""
+    name = str(getattr(optim, "value", optim))
+    if name in REFUSED_OPTIMIZERS or name.endswith("_layerwise"):
+        raise OptionError(
+            f"optim={name!r} steps inside the backward pass, before gradients are summed. Set optim=auto, or another."
+        )
 
 
 def refuse_unsupported(args: TrainingArguments) -> None:
@@ -47,20 +62,43 @@ def refuse_unsupported(args: TrainingArguments) -> None:
     for name, (accepted, reason) in REFUSED.items():
         value = getattr(args, name, accepted[0])
         if value not in accepted:
-            raise ValueError(f"{name}={value!r} is not supported by fastdpo {__version__}. {reason}")
+            raise OptionError(f"{name}={value!r} is not supported by fastdpo {__version__}. {reason}")
+    if args.train_sampling_strategy not in ("random", "sequential"):
+        raise ValueError(
+            f"train_sampling_strategy={args.train_sampling_strategy!r} cannot be resumed exactly, and "
+            "micro-batches are sorted by length anyway. Accepted are 'random' and 'sequential'."
+        )
+    if args.router_aux_loss_coef not in (None, 0.0):
+        raise ValueError(f"router_aux_loss_coef={args.router_aux_loss_coef}: only 0.0 is supported.")
+
+
+def read_accelerator_config(settings: Any) -> Any:
+    """A mapping with its values as accelerate's settings hold them. Raises OptionError for one that there is not."""
+    if not isinstance(settings, dict):
+        return settings
+    kinds = kinds_of(AcceleratorConfig)
+    for name in settings:
+        if name not in kinds:
+            near = suggestion(str(name), kinds)
+            raise OptionError(f"accelerator_config: {seen(name)} is unknown; accepted are {', '.join(kinds)}.{near}")
+    return {name: kinds[name].read(f"accelerator_config: {name}", value) for name, value in settings.items()}
+
+
+def check_debug(debug: Any) -> None:
+    """Raise OptionError for a word that transformers' `debug` does not know."""
+    known = [each.value for each in DebugOption]
+    for word in debug.split() if isinstance(debug, str) else debug or ():
+        if word not in known:
+            raise OptionError(f"debug={seen(word)} is unknown; accepted are {', '.join(known)}.")
+
+
+def refuse_unsupported_sharing(args: TrainingArguments) -> None:
+    """Raise ValueError for ways to share the work that cannot be honoured; of options that transformers has read."""
     version = (args.fsdp_config or {}).get("version", 2)
     if args.fsdp and int(version) != 2:
         raise ValueError(
             f"fsdp_config: version={version!r} is not supported by fastdpo {__version__}: FSDP1 flattens the "
             "parameters of a layer into one. Leave version out, or set it to 2."
-        )
-    optimizer = str(getattr(args.optim, "value", args.optim))
-    if optimizer in REFUSED_OPTIMIZERS or optimizer.endswith("_layerwise"):
-        raise ValueError(f"optim={optimizer!r} steps inside the backward pass, before gradients are summed.")
-    if args.train_sampling_strategy not in ("random", "sequential"):
-        raise ValueError(
-            f"train_sampling_strategy={args.train_sampling_strategy!r} cannot be resumed exactly, and "
-            "micro-batches are sorted by length anyway. Accepted are 'random' and 'sequential'."
         )
     if (args.accelerator_config.gradient_accumulation_kwargs or {}).get("num_steps", 1) != 1:
         raise ValueError("accelerator_config: set gradient_accumulation_steps instead of num_steps.")
@@ -68,5 +106,3 @@ def refuse_unsupported(args: TrainingArguments) -> None:
         raise ValueError("accelerator_config: split_batches and dispatch_batches are not supported; leave them off.")
     if not args.accelerator_config.even_batches:
         raise ValueError("accelerator_config: even_batches must stay on; wrapped pairs get zero weight here.")
-    if args.router_aux_loss_coef not in (None, 0.0):
-        raise ValueError(f"router_aux_loss_coef={args.router_aux_loss_coef}: only 0.0 is supported.")

@@ -7,12 +7,16 @@ from typing import Any
 from accelerate.utils.modeling import convert_file_size_to_int
 
 from fastdpo.ops.linear_logprob.tiles import MIN_WORKSPACE, WORKSPACE
+from fastdpo.training.options.kinds import OptionError, seen
+from fastdpo.training.options.unused import without_effect
 
 #: Tokens per micro-batch when `micro_batch_tokens` is "auto" on a CPU without a stated `memory_limit`: more of them
 #: make no product faster there.
 DEFAULT_MICRO_BATCH_TOKENS = 640
 #: The option `head_workspace` by default.
 HEAD_WORKSPACE = f"{WORKSPACE // 2**20}MiB"
+#: No memory has as many bytes.
+_LARGEST = 2**63
 
 
 def head_workspace_bytes(size: str) -> int:
@@ -23,30 +27,35 @@ def head_workspace_bytes(size: str) -> int:
 
 
 def bytes_of(name: str, size: str) -> int:
-    """A size such as 12GB or 8GiB in bytes. Raises ValueError, naming the option, for anything else."""
+    """A size such as 12GB or 8GiB, or a plain number of bytes, as such. Raises OptionError, naming the option, for
+    anything else."""
+    text = size.strip().upper()
     try:
-        return int(convert_file_size_to_int(size.upper()))
-    except (ValueError, OverflowError) as error:  # the latter of an infinite one
-        raise ValueError(f"{name}={size!r}: a size such as 12GB or 8GiB.") from error
+        found = int(text) if text.isdecimal() else int(convert_file_size_to_int(text))
+    except (ValueError, OverflowError):
+        found = -1
+    if not 0 <= found < _LARGEST:
+        raise OptionError(f"{name}={seen(size)}: a size such as 12GB or 8GiB, or a number of bytes, is needed.")
+    return found
 
 
 def check_micro_batch_tokens(tokens: str) -> None:
-    """Raise ValueError for what is neither "auto" nor a number of tokens."""
-    if tokens != "auto" and (not str(tokens).isdecimal() or int(tokens) < 1):
-        raise ValueError(f"micro_batch_tokens={tokens!r}: 'auto' or a number of at least 1.")
+    """Raise OptionError for what is neither "auto" nor a number of tokens."""
+    if tokens != "auto" and not (tokens.isdecimal() and len(tokens) < 19 and int(tokens) >= 1):
+        raise OptionError(f"micro_batch_tokens={seen(tokens)}: 'auto' or a number of at least 1.")
 
 
-def check_memory_limit(limit: str | None, micro_batch_tokens: str) -> None:
-    """Raise ValueError for a `memory_limit` that is no size, or that nothing reads."""
+def check_memory_limit(config: Any) -> None:
+    """Refuse a `memory_limit` that is no size, or that nothing reads. Raises OptionError."""
+    limit = config.memory_limit
     if limit is None:
         return
-    found = bytes_of("memory_limit", limit)
-    if micro_batch_tokens != "auto":
-        raise ValueError(
-            f"memory_limit={limit!r} has no effect with micro_batch_tokens={micro_batch_tokens}; set that to auto."
+    if bytes_of("memory_limit", limit) == 0:
+        raise OptionError(f"memory_limit={limit!r}: a positive size such as 12GB.")
+    if config.micro_batch_tokens != "auto":
+        without_effect(
+            config, "memory_limit", f"micro_batch_tokens={config.micro_batch_tokens!r} does not ask; set that to auto."
         )
-    if found <= 0:
-        raise ValueError(f"memory_limit={limit!r}: a positive size such as 12GB.")
 
 
 def check_offloading(config: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,21 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedModel, TrainerState
 
 from fastdpo.training.options import FastDPOConfig
-from fastdpo.training.options.secrets import is_secret, without_secrets
 from fastdpo.training.runs.curves import plot_curves
+from fastdpo.training.runs.option_files import resolved_yaml, run_yaml
 from fastdpo.training.runs.run_list import RunList
 from fastdpo.training.runs.valid_json import valid_json
 from fastdpo.version import __version__
 
 logger = logging.getLogger(__name__)
 
-METRICS_FILE, CURVES_FILE, OPTIONS_FILE, CARD_FILE = "metrics.json", "curves.png", "run.yaml", "README.md"
+METRICS_FILE, CURVES_FILE, CARD_FILE = "metrics.json", "curves.png", "README.md"
+OPTIONS_FILE, RESOLVED_FILE = "run.yaml", "resolved.yaml"
 
 #: Base of all that the hub's HTTP client raises, refused connections among them, whichever client it is.
 _HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -46,7 +45,7 @@ _CARD = """---
 
 {{ evaluation }}
 
-All logged metrics are in `metrics.json`, all options in `run.yaml`.
+All logged metrics are in `metrics.json`, all options in `run.yaml`, what they came to in `resolved.yaml`.
 
 ## Sources
 
@@ -67,23 +66,22 @@ class Facts:
     sources: Sequence[tuple[str, str]] = ()
 
 
-def write_figures(
-    folder: Path,
-    history: list[dict[str, Any]],
-    results: dict[str, Any],
-    config: FastDPOConfig,
-    others: dict[str, Any],
-) -> None:
+def write_figures(folder: Path, history: list[dict[str, Any]], results: dict[str, Any]) -> None:
     """Into `folder`: metrics.json, the trainer's log `history` and the final figures beside it, with null for one that
-    is no finite number; run.yaml, `others` and the training options, so that it can be given to `fastdpo train`; the
-    curves, or a warning why there are none."""
-    metrics, options, curves = (folder / name for name in (METRICS_FILE, OPTIONS_FILE, CURVES_FILE))
+    is no finite number; and the curves, or a warning why there are none."""
     content = {"fastdpo": __version__, "results": results, "log": history}
-    metrics.write_text(valid_json(content, indent=1, default=float), encoding="utf-8")
-    chosen = without_secrets({**others, **training_options(config)})
-    options.write_text(yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    (folder / METRICS_FILE).write_text(valid_json(content, indent=1, default=float), encoding="utf-8")
     with optional(CURVES_FILE):
-        plot_curves(history, curves)
+        plot_curves(history, folder / CURVES_FILE)
+
+
+def write_options(
+    folder: Path, asked: FastDPOConfig, others: dict[str, Any], resolved: FastDPOConfig, found: dict[str, Any]
+) -> None:
+    """Into `folder`: run.yaml, the options asked for and `others`, so that it can be given to `fastdpo train`; and
+    resolved.yaml, what the run made of them, with what was `found` by trial."""
+    (folder / OPTIONS_FILE).write_text(run_yaml(asked, others), encoding="utf-8")
+    (folder / RESOLVED_FILE).write_text(resolved_yaml(resolved, found), encoding="utf-8")
 
 
 @contextmanager
@@ -103,36 +101,6 @@ def metrics_of(folder: Path) -> dict[str, Any]:
         if (folder / name).is_file():
             return dict(json.loads((folder / name).read_text(encoding="utf-8"))["results"])
     return {}
-
-
-def training_options(config: FastDPOConfig) -> dict[str, Any]:
-    """Every training option that differs from its default, in plain types."""
-    options = {}
-    values = config.to_dict()
-    for field in dataclasses.fields(config):
-        default = field.default_factory() if callable(field.default_factory) else field.default
-        value = values.get(field.name)
-        plain = not is_secret(field.name) and field.name not in _DERIVED
-        if field.init and plain and value != getattr(default, "value", default) and _is_plain(value):
-            options[field.name] = value
-    return options
-
-
-#: Options that are worked out from the machine, or that say how this call met an existing run: a file that repeats the
-#: latter would delete the very run it describes.
-_DERIVED = (
-    "accelerator_config",
-    "dataloader_pin_memory",
-    "local_rank",
-    "overwrite_output_dir",
-    "resume_from_checkpoint",
-)
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, dict)):
-        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
-    return value is None or isinstance(value, (str, int, float, bool))
 
 
 def write_card(

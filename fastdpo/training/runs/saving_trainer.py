@@ -15,7 +15,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from fastdpo.training.durable import placed_whole
-from fastdpo.training.options import FastDPOConfig
+from fastdpo.training.options.built import BuiltOptions
 from fastdpo.training.ranks import Ranks
 from fastdpo.training.reference import ReferenceStore
 from fastdpo.training.runs import artifacts
@@ -29,12 +29,12 @@ logger = logging.getLogger(__name__)
 
 
 class SavingTrainer(InterruptibleTrainer):
-    """saving: of the run. references: whose log-probs are saved beside it. config: the options as they were given.
-    objective: whose facts the card holds. results: final figures, for the card."""
+    """saving: of the run. references: whose log-probs are saved beside it. options: as they were given, and what they
+    came to. objective: whose facts the card holds. results: final figures, for the card."""
 
     saving: Checkpoints
     references: ReferenceStore
-    config: FastDPOConfig
+    options: BuiltOptions
     objective: Any
     results: dict[str, Any]
     # transformers' own, which have no types
@@ -128,13 +128,19 @@ class SavingTrainer(InterruptibleTrainer):
         finished = self.state.global_step if ended else None
         with self.saving.published("file-run", finished=finished) as staged:
             if self.args.should_save:
-                artifacts.write_figures(staged, self.state.log_history, results, self.config, options or {})
+                artifacts.write_figures(staged, self.state.log_history, results)
+                asked, resolved = self.options.asked, self.options.resolved
+                artifacts.write_options(staged, asked, options or {}, resolved, self.found_by_trial())
                 self._write_card(staged)
         written = self.saving.placed if self.args.should_save else []
         if self.args.push_to_hub:
             with artifacts.optional("upload of the finished run"):
                 self.push_to_hub(commit_message="End of training")
         return written
+
+    def found_by_trial(self) -> dict[str, Any]:
+        """Option → what was found for it while the run was going on, for resolved.yaml."""
+        return {}
 
     def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
         """Write the model card: settings, the figures in `results`, sources. `kwargs`: tags, as transformers passes."""

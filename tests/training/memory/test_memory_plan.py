@@ -18,6 +18,7 @@ from same_run import CUTS, assert_same_run
 from transformers import BloomConfig, BloomForCausalLM, TrainingArguments
 from worker import injected, state
 
+from fastdpo.estimate.options import EstimateConfig
 from fastdpo.training.memory import OutOfMemory
 from fastdpo.training.memory import trial as memory_trial
 from fastdpo.training.memory.plan import checkpointing_name, is_out_of_memory
@@ -398,11 +399,13 @@ def test_spellings_of_checkpointing_are_one_option(tmp_path: Path) -> None:
 
 
 def test_options_that_cannot_act_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="activation_offloading=True moves activations from a GPU to the host"):
+    with pytest.raises(
+        ValueError, match="activation_offloading=True has no effect here: it moves activations from a GPU to the host"
+    ):
         tiny.trainer(tmp_path, activation_offloading=True)
     with pytest.raises(ValueError, match="but gradient_checkpointing='false'"):
-        tiny.config(tmp_path, activation_offloading=True, gradient_checkpointing=False)
-    with pytest.raises(ValueError, match="memory_limit='8GB' has no effect with micro_batch_tokens=512"):
+        EstimateConfig(device="rtx-3060", activation_offloading=True, gradient_checkpointing=False)
+    with pytest.raises(ValueError, match="memory_limit='8GB' has no effect here: micro_batch_tokens='512'"):
         tiny.config(tmp_path, memory_limit="8GB", micro_batch_tokens="512")
     for wrong in ("much", "-3GB", "0GB"):
         with pytest.raises(ValueError, match=f"memory_limit='{wrong}': a (positive )?size such as 12GB"):

@@ -61,7 +61,7 @@ OPTIONS = {
     "reference": ({"reference": "cached"}, "reference='cached' is unknown; accepted are online, lazy, precompute"),
     "reference folder": (
         {"reference": "online", "reference_cache_dir": "kept"},
-        "reference_cache_dir='kept' has no effect with reference='online'",
+        "reference_cache_dir='kept' has no effect here: reference='online' keeps nothing",
     ),
     "checkpointing": (
         {"gradient_checkpointing": "some"},
@@ -153,7 +153,7 @@ def test_automatic_optimizer(
     assert found == [on_gpu, on_gpu, "adamw_torch"]
     assert [record.levelname for record in caplog.records] == ["WARNING"] * (not installed)
     assert ("pip install bitsandbytes" in caplog.text) is not installed
-    assert FastDPOConfig(str(tmp_path), use_cpu=True).optim == "adamw_torch"
+    assert FastDPOConfig(str(tmp_path), use_cpu=True).resolved().optim == "adamw_torch"
 
 
 def test_four_bit_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -245,7 +245,7 @@ def test_a_precomputation_that_is_stopped_takes_no_step(tmp_path: Path, monkeypa
 
 
 def test_cache_folder_without_a_cache_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"reference_cache_dir='x' has no effect with reference='online'"):
+    with pytest.raises(ValueError, match=r"reference_cache_dir='x' has no effect here: reference='online'"):
         tiny.config(tmp_path, reference="online", reference_cache_dir="x")
 
 

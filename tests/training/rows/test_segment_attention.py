@@ -234,7 +234,7 @@ def test_deterministic_attention(wanted: bool, tmp_path: Path, monkeypatch: pyte
         failing()
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory is filled
-    assert tiny.config(tmp_path, full_determinism=wanted).deterministic_attention is wanted
+    assert tiny.config(tmp_path, full_determinism=wanted).resolved().deterministic_attention is wanted
 
 
 def test_what_segments_cannot_express_is_refused() -> None:

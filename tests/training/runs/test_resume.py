@@ -248,7 +248,7 @@ def test_weights_only_checkpoint_and_other_options_are_not_resumed(tmp_path: Pat
     tiny.trainer(tmp_path / "plain", **options).train()
     changes = {"dynamic_beta=False": {"dynamic_beta": True}, "beta=0.5": {"beta": 0.1}, "seed=42": {"seed": 1}}
     changes["deterministic_attention=False"] = {"deterministic_attention": True}
-    changes["head_workspace_bytes=268435456"] = {"head_workspace": "1MiB"}
+    changes["head_workspace_bytes=268435456"] = {"head_workspace": "1MiB", "backend": "triton"}
     changes["pairs per step=8"] = {"per_device_train_batch_size": 4}
     for saved, change in changes.items():
         with pytest.raises(CheckpointError, match=f"was trained with {saved}, this run has"):
