@@ -61,7 +61,7 @@ def test_array_elements_longer_than_the_read_window(tmp_path):
 @pytest.mark.parametrize("window", [1, 2, 3, 5, 7, 11, 64])
 def test_array_elements_cut_anywhere(tmp_path, monkeypatch, window):
     rows = [{"a": [True, None, -1.5e-7, i], "b": {"c": "\\ \U0001f600 é"}, "d": False} for i in range(9)]
-    monkeypatch.setattr("fastdpo.data.raw_rows._CHUNK", window)
+    monkeypatch.setattr("fastdpo.data.json_rows._CHUNK", window)
     (tmp_path / "t.json").write_text(json.dumps(rows))
     assert [row.fields for row in iter_rows(tmp_path / "t.json")] == rows
 
@@ -174,9 +174,9 @@ def test_harmless_pairs_left_out_are_counted_on_every_load(tmp_path, caplog):
         with caplog.at_level(logging.INFO, logger="fastdpo"):
             dataset = load_preferences(path, data_format="beavertails-harmless")
         assert dataset["example_id"] == ["t.jsonl:1", "t.jsonl:2"]
-        assert "left out 2 of 4 pairs: both responses safe, or both unsafe" in caplog.text
+        assert "used 2 of 4 rows, left out 2 (both responses safe, or both unsafe: t.jsonl:3, t.jsonl:4)" in caplog.text
         unused = [r.message for r in caplog.records if "not read" in r.message]
-        assert [m.endswith(": better_response_id") for m in unused] == [True]
+        assert [m.endswith(": 'better_response_id'") for m in unused] == [True]
     write(path, rows[2:])
     with pytest.raises(ValueError, match=r"all 2 pairs were left out"):
         load_preferences(path, data_format="beavertails-harmless")
@@ -186,7 +186,7 @@ def test_harmless_pairs_left_out_are_counted_on_every_load(tmp_path, caplog):
     ("line", "message"),
     [
         (b'{"prompt": "p", "chosen": "c"\n', r"line 3: not valid JSON"),
-        (b'{"prompt": "\xff", "chosen": "c"}\n', r"line 3: not valid JSON"),
+        (b'{"prompt": "\xff", "chosen": "c"}\n', r"line 3: not UTF-8 \(invalid start byte at byte 12\)"),
         (b'["p", "c", "r"]\n', r"line 3: expected a JSON object .* found list"),
         (
             b'{"prompt": "p", "chosen": "c"}\n',

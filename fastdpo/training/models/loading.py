@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from fastdpo.data.rendering import set_chat_template
 from fastdpo.training.options import ModelConfig
 
 
@@ -142,8 +143,5 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     revision = "main" if own else config.model_revision or "main"  # the model's revision says nothing of another repo
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=config.trust_remote_code)
     if config.chat_template:
-        path = Path(config.chat_template).expanduser()
-        if not path.is_file():
-            raise FileNotFoundError(f"chat_template={config.chat_template!r}: no such file. Give a Jinja template.")
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        set_chat_template(tokenizer, Path(config.chat_template).expanduser())
     return tokenizer
