@@ -13,7 +13,7 @@ from fastdpo.data.errors import PreferenceDataError
 from fastdpo.data.formats import (
     CANONICAL_CONVERSATIONAL,
     CANONICAL_PLAIN,
-    READ_COLUMNS,
+    COLUMNS,
     PreferenceFormat,
     choose_format,
 )
@@ -124,7 +124,7 @@ def format_of_dataset(
     if is_canonical(dataset):
         conversational = dataset.features == canonical_features(True)
         return CANONICAL_CONVERSATIONAL if conversational else CANONICAL_PLAIN
-    return choose_format(survey_dataset(dataset, READ_COLUMNS, place), data_format, label)
+    return choose_format(survey_dataset(dataset, COLUMNS, place), data_format, label)
 
 
 def rows_of_batch(batch: dict[str, list[Any]]) -> list[dict[str, Any]]:

@@ -43,12 +43,18 @@ _PROMPT_RENAMED = frozenset(
         "dialogue",
         "dialogues",
         "messages",
+        "prompt",
         "prompt_text",
         "prompts",
         "turns",
         "user_prompt",
     }
 )
+
+
+def is_foreign(name: str) -> bool:
+    """Whether a column of this name would be refused if it held anything."""
+    return name.strip().lower() in _PROMPT_LIKE | _UNSUPPORTED | _PROMPT_RENAMED
 
 
 def refuse_foreign_columns(survey: Survey, read: Sequence[str], knows_prompt: bool, form: str, label: str) -> None:

@@ -8,9 +8,9 @@ from typing import Any, NoReturn
 
 from fastdpo.data import beavertails, hh_rlhf, trl_format
 from fastdpo.data.errors import PreferenceDataError
-from fastdpo.data.foreign_columns import refuse_foreign_columns
+from fastdpo.data.foreign_columns import is_foreign, refuse_foreign_columns
 from fastdpo.data.shared_prefix import Reading
-from fastdpo.data.survey import FirstRow, Shape, Survey
+from fastdpo.data.survey import Columns, FirstRow, Shape, Survey
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ CANONICAL_CONVERSATIONAL = PreferenceFormat(
 _NAMED = {f.name: f for f in (HH_RLHF, BEAVERTAILS_HELPFUL, BEAVERTAILS_HARMLESS)}
 _ACCEPTED_COLUMNS = {**{name: f.columns for name, f in _NAMED.items()}, "trl": trl_format.IMPLICIT_COLUMNS}
 DATA_FORMATS = ("auto", *_ACCEPTED_COLUMNS)
-#: Every column that some format reads.
-READ_COLUMNS = tuple(dict.fromkeys(name for f in (*_NAMED.values(), *_TRL_FORMS) for name in f.columns))
+#: What a survey must look at.
+COLUMNS = Columns(frozenset(name for f in (*_NAMED.values(), *_TRL_FORMS) for name in f.columns), is_foreign)
 
 
 def check_data_format(data_format: str) -> None:

@@ -48,8 +48,10 @@ def _problem(error: Exception) -> str:
         return "nested too deeply to be read"
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 ({error.reason} at byte {error.start})"
-    if isinstance(error, (json.JSONDecodeError, _DoubledKey)):
-        return f"not valid JSON ({shown(error)})"
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON ({error.msg} at character {error.pos})"
+    if isinstance(error, _DoubledKey):
+        return f"not valid JSON ({error})"
     return f"not readable ({shown(str(error).split(';')[0])})"  # an integer of thousands of digits
 
 

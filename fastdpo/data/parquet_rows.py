@@ -33,11 +33,9 @@ def place(path: Path, row: int) -> tuple[int, str]:
 def iter_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[int, pa.RecordBatch]]:
     """The number of the first row of each batch, and the batch. Raises PreferenceDataError for a damaged file."""
     index = 0
+    file = _opened(path)
     with _damage(path, index):
-        file = pq.ParquetFile(path)
         names = file.schema_arrow.names
-        if doubled := sorted({name for name in names if names.count(name) > 1}):
-            raise PreferenceDataError(f"{shown(path)}: more than one column is called {listed(doubled)}; rename them")
         wanted = names if columns is None else [name for name in columns if name in names]
         batches = file.iter_batches(batch_size=_BATCH, columns=wanted)
     while True:
@@ -52,6 +50,21 @@ def iter_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[t
             f"{shown(path)}: the file says that it has {file.metadata.num_rows} rows, and holds {index}; fetch or "
             "write it again"
         )
+
+
+def column_names(path: Path) -> list[str]:
+    """Names of the columns, each once. Raises PreferenceDataError for a damaged file and for doubled names."""
+    names: list[str] = _opened(path).schema_arrow.names
+    return names
+
+
+def _opened(path: Path) -> pq.ParquetFile:
+    with _damage(path, 0):
+        file = pq.ParquetFile(path)
+        names = file.schema_arrow.names
+        if doubled := sorted({name for name in names if names.count(name) > 1}):
+            raise PreferenceDataError(f"{shown(path)}: more than one column is called {listed(doubled)}; rename them")
+    return file
 
 
 @contextmanager

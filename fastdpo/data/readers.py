@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +22,7 @@ from fastdpo.data.canonical import (
     to_canonical,
 )
 from fastdpo.data.errors import PreferenceDataError, cause
-from fastdpo.data.formats import READ_COLUMNS, PreferenceFormat, check_data_format, choose_format
+from fastdpo.data.formats import COLUMNS, PreferenceFormat, check_data_format, choose_format
 from fastdpo.data.raw_rows import check_readable, is_parquet, iter_rows
 from fastdpo.data.reports import ReadReport
 from fastdpo.data.sources import SourceFile, find_source
@@ -142,6 +143,8 @@ def _read_files(
             },
         )
     except DatasetGenerationError as error:
+        if workers > 1:  # a worker's error comes without its cause: meet it again here
+            collections.deque(_flagged_rows(files, contents, chosen_format, max_examples, CACHE_VERSION), maxlen=0)
         raise _root(error) from None
     return counted(flagged, chosen_format, survey.rows, shown(label))
 
@@ -164,7 +167,7 @@ def _survey(files: Sequence[SourceFile], max_examples: int | None) -> Survey:
             break
         if is_parquet(file.path):
             check_readable(file.path)
-            survey_parquet(survey, file.path, READ_COLUMNS, left)
+            survey_parquet(survey, file.path, COLUMNS, left)
         else:
             for row in itertools.islice(iter_rows(file.path), left):
                 survey.add(row)

@@ -81,6 +81,14 @@ DROPS = {
     "same answers": "dropped_identical",
     "same answers once cut": "dropped_identical",
 }
+#: What helps where all pairs are dropped for a reason.
+ADVICE = {
+    "no prompt": "give every row a prompt, or a tokenizer that adds BOS",
+    "no shared prompt": "put the prompt into a column 'prompt'",
+    "prompt fills max_length": "shorten the prompts, raise max_length, or lower max_prompt_length",
+    "same answers": "pairs with the same answers carry no preference",
+    "same answers once cut": "raise max_length, as the answers differ only beyond it",
+}
 
 
 @dataclass(frozen=True)

@@ -50,10 +50,12 @@ def find_source(
             # Opening a pipe waits for a writer, and it could not be read twice
             raise PreferenceDataError(f"path={str(path)!r} is neither a file nor a folder; write the rows into a file")
         return _folder(local, split, name)
-    if local.is_symlink():
-        raise FileNotFoundError(
-            f"path={str(path)!r} is a link to {os.readlink(local)!r}, which does not exist or leads back to itself"
-        )
+    for link in (local, *local.parents):
+        if link.is_symlink() and not link.exists():
+            raise FileNotFoundError(
+                f"path={str(path)!r}: {str(link)!r} is a link to {os.readlink(link)!r}, which does not exist or leads "
+                "back to itself"
+            )
     if _is_hub_name(str(path), local):
         return _hub(str(path), split, name, cache_dir, revision, num_proc)
     raise FileNotFoundError(f"path={str(path)!r} does not exist; {_nearby(local)}")
@@ -97,10 +99,12 @@ def _folder(path: Path, split: str, name: str | None) -> list[SourceFile] | data
             raise PreferenceDataError(
                 f"name={name!r} has no meaning for the saved data set {str(path)!r}; leave it out"
             )
-        with damage_is_named(
-            f"path={str(path)!r} is a saved data set that cannot be read", "write it again with save_to_disk"
-        ):
-            saved = datasets.load_from_disk(str(path))
+        what, advice = f"path={str(path)!r} is a saved data set that cannot be read", "write it again with save_to_disk"
+        try:
+            with damage_is_named(what, advice):
+                saved = datasets.load_from_disk(str(path))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{what} ({cause(error)}); {advice}") from error
         if not saved_dict:
             # One saved split: 'train' stands for "the one there is", as it does for a file.
             recorded = str(saved.split) if saved.split is not None else "train"

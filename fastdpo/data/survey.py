@@ -81,33 +81,43 @@ def _kind(value: Any) -> Kind:
     return "string" if isinstance(value, str) else "list" if isinstance(value, list) else "other"
 
 
-def survey_batch(survey: Survey, batch: Any, read: Iterable[str], place: Callable[[int], tuple[int, str]]) -> None:
-    """Adds Arrow data to a survey. read: columns whose values are looked at; of the others it asks only what is empty.
+class Columns(NamedTuple):
+    """What is looked at in Arrow data: the values of `read`, and of those that are `watched` only what is empty."""
 
-    place(i): the position of row i and how a message names it.
-    """
+    read: frozenset[str]
+    watched: Callable[[str], bool]
+
+    def of(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if name in self.read or self.watched(name)]
+
+
+def survey_batch(survey: Survey, batch: Any, columns: Columns, place: Callable[[int], tuple[int, str]]) -> None:
+    """Adds Arrow data to a survey. place(i): the position of row i and how a message names it."""
     names = batch.schema.names
     for name in names:
         if survey.content.get(name) is None:
             found = parquet_rows.first_content(batch.column(name))
             survey.content[name] = None if found is None else place(found)[1]
-    for row in parquet_rows.rows_of(batch.select([name for name in names if name in set(read)]), place):
+    for row in parquet_rows.rows_of(batch.select([name for name in names if name in columns.read]), place):
         survey.add_pair(row)
 
 
-def survey_dataset(dataset: datasets.Dataset, read: Iterable[str], place: Callable[[int], tuple[int, str]]) -> Survey:
+def survey_dataset(dataset: datasets.Dataset, columns: Columns, place: Callable[[int], tuple[int, str]]) -> Survey:
     """The survey of a Dataset: nulls and empty values are read as in JSON."""
-    survey = Survey()
-    for batch in dataset.with_format("arrow").iter(batch_size=1000):
+    survey = Survey(content=dict.fromkeys(dataset.column_names))
+    looked_at = columns.of(dataset.column_names) or dataset.column_names[:1]
+    for batch in dataset.select_columns(looked_at).with_format("arrow").iter(batch_size=1000):
         start = survey.rows
-        survey_batch(survey, batch, read, lambda i, start=start: place(start + i))  # type: ignore[misc]
+        survey_batch(survey, batch, columns, lambda i, start=start: place(start + i))  # type: ignore[misc]
     return survey
 
 
-def survey_parquet(survey: Survey, path: Path, read: Iterable[str], limit: int | None) -> None:
+def survey_parquet(survey: Survey, path: Path, columns: Columns, limit: int | None) -> None:
     """Adds the first `limit` rows of a parquet file (None: all)."""
-    for start, batch in parquet_rows.iter_batches(path):
+    names = parquet_rows.column_names(path)
+    survey.content = {**dict.fromkeys(names), **survey.content}
+    for start, batch in parquet_rows.iter_batches(path, columns.of(names) or names[:1]):
         if limit is not None and start >= limit:
             return
         rows = batch if limit is None else batch.slice(0, limit - start)
-        survey_batch(survey, rows, read, lambda i, start=start: parquet_rows.place(path, start + i))  # type: ignore[misc]
+        survey_batch(survey, rows, columns, lambda i, start=start: parquet_rows.place(path, start + i))  # type: ignore[misc]

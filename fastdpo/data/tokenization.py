@@ -19,7 +19,7 @@ from fastdpo.data.fields import string_field
 from fastdpo.data.formats import PreferenceFormat
 from fastdpo.data.pretokenized import ID_COLUMNS, pass_through
 from fastdpo.data.rendering import PairEncoder, PairText, PairTokens, check_tokenizer, render_conversation
-from fastdpo.data.reports import COUNTED, DROPS, NAMED, Tally, TokenizationReport
+from fastdpo.data.reports import ADVICE, COUNTED, DROPS, NAMED, Tally, TokenizationReport
 from fastdpo.data.shared_prefix import Pair, Reading
 from fastdpo.data.truncation import LengthLimits
 from fastdpo.shown import shown
@@ -122,8 +122,7 @@ def _counted(flagged: datasets.Dataset) -> tuple[datasets.Dataset, TokenizationR
     )
     if not report.kept:
         raise PreferenceDataError(
-            f"no pair is left to train on: {report.summary()}; identical pairs carry no preference, and empty ones "
-            "need a shorter prompt, a larger max_length, or a smaller max_prompt_length"
+            f"no pair is left to train on: {report.summary()}; {'; '.join(ADVICE[reason] for reason in reasons)}"
         )
     logger.info("%s", report.summary())
     if report.header_in_completions:

@@ -74,8 +74,8 @@ def convert_implicit_conversational(row: Mapping[str, Any], where: str) -> Readi
         _check_roles(messages, name, where, needs_answer=False)
         if row.get("prompt") and not any(is_asked(message) for message in messages):
             raise PreferenceDataError(
-                f"{where}: 'prompt' is no list of messages, and {name!r} is one that does not hold the question; "
-                "write the prompt as messages too: [{'role': 'user', 'content': ...}]"
+                f"{where}: 'prompt' is a {type(row['prompt']).__name__}, but {name!r} is a list of messages without "
+                "the question; write the prompt as messages too: [{'role': 'user', 'content': ...}]"
             )
     return split_conversations(chosen, rejected)
 
