@@ -127,7 +127,9 @@ def choose_format(survey: Survey, data_format: str, label: str) -> PreferenceFor
 def _detect(survey: Survey, label: str) -> str:
     columns = set(survey.content)
     if columns >= set(trl_format.IMPLICIT_COLUMNS):
-        return "hh-rlhf" if survey.transcript and not survey.content.get("prompt") else "trl"
+        messages = any(shape in survey.shapes for form in _TRL_FORMS if form.conversational for shape in form.shapes)
+        transcripts = survey.transcript and not survey.content.get("prompt") and not messages
+        return "hh-rlhf" if transcripts else "trl"
     readings = [
         name for name in ("beavertails-helpful", "beavertails-harmless") if columns >= set(_ACCEPTED_COLUMNS[name])
     ]

@@ -17,6 +17,7 @@ from fastdpo.shown import shown
 
 # Each element slices the window once, so a small one keeps that copy cheap.
 _CHUNK = 1 << 16
+_SPACE = " \t\r\n"  # what JSON allows between values
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -92,7 +93,7 @@ def _holds_array(path: Path) -> bool:
         return False
     with _open(path) as stream, _gzip_errors(path, "byte 0"):
         while byte := stream.read(1):
-            if not byte.isspace() and byte not in _BYTE_ORDER_MARK:
+            if byte not in _SPACE.encode() + _BYTE_ORDER_MARK:
                 return byte == b"["
     return False
 
@@ -106,7 +107,7 @@ def _line_rows(path: Path) -> Iterator[RawRow]:
                 return
             if number == 1:
                 line = line.removeprefix(_BYTE_ORDER_MARK)
-            if not line.strip():
+            if not line.strip(_SPACE.encode()):
                 continue
             where = f"{shown(path)}, line {number}"
             try:
@@ -140,7 +141,7 @@ def _array_rows(path: Path) -> Iterator[RawRow]:
 
     with _open(path) as stream:
         while True:
-            stripped = window.lstrip()
+            stripped = window.lstrip(_SPACE)
             line += window[: len(window) - len(stripped)].count("\n")
             window = stripped
             if window and expected == "end":

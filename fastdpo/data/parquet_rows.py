@@ -47,8 +47,8 @@ def iter_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[t
         index += batch.num_rows
     if index != file.metadata.num_rows:
         raise PreferenceDataError(
-            f"{shown(path)}: the file says that it has {file.metadata.num_rows} rows, and holds {index}; fetch or "
-            "write it again"
+            f"{shown(path)}: not a sound parquet file after row {index} (it says that it has {file.metadata.num_rows} "
+            "rows); fetch or write it again"
         )
 
 

@@ -5,7 +5,6 @@ How many rows a file has is counted here, by other means than the library's.
 
 from __future__ import annotations
 
-import copy
 import gzip
 import json
 import re
@@ -14,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -84,7 +82,7 @@ WORDS = st.sampled_from(
 def _value(draw: st.DrawFn, json_only: bool) -> Any:
     """What no text column holds."""
     nested: Any = "x"
-    for _ in range(draw(st.sampled_from([5, 900]))):
+    for _ in range(draw(st.sampled_from([5, 500]))):
         nested = [nested]
     odd = [None, 7, True, 0.5, ["x"], {"a": 1}, [], "", "text", [user("q")], [{"role": "gpt", "content": "x"}], nested]
     if json_only:
@@ -125,7 +123,8 @@ def files(draw: st.DrawFn) -> tuple[str, list[Row], str]:
 def encoded(rows: list[Row], suffix: str, line_end: str = "\n") -> bytes:
     if suffix == ".parquet":
         try:
-            table = datasets.Dataset.from_list(rows).data.table
+            names = dict.fromkeys(name for row in rows for name in row)
+            table = pa.table({name: [row.get(name) for row in rows] for name in names})
         except (pa.ArrowException, TypeError, ValueError, OverflowError):
             assume(False)  # no column can hold this
         sink = pa.BufferOutputStream()
@@ -140,7 +139,7 @@ def rows_in(data: bytes, suffix: str) -> int:
     if suffix == ".parquet":
         return len(pq.read_table(pa.BufferReader(data)))
     text = (gzip.decompress(data) if suffix.endswith(".gz") else data).decode("utf-8-sig")
-    return sum(1 for line in text.split("\n") if line.strip()) if suffix.startswith(".jsonl") else len(json.loads(text))
+    return sum(1 for line in text.split("\n") if line.strip(" \t\r")) if suffix.startswith(".jsonl") else len(json.loads(text))
 
 
 @pytest.fixture(scope="module")
@@ -178,21 +177,22 @@ def outcome(folder: Path, data: bytes, suffix: str, data_format: str) -> tuple[s
 
 
 def without_places(said: str) -> list[str]:
-    return sorted(re.findall(r"\w+", re.sub(r"(line|row|character) \d+", "", said)))
+    """The words of a message, without the place and the value that is seen there."""
+    return sorted(re.findall(r"\w+", re.sub(r"(line|row|character) \d+|found .*?;", "", said)))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(files())
 def test_one_changed_row(folder: Path, made: tuple[str, list[Row], str]) -> None:
     """Also in the other order of rows, which changes nothing but which row is named."""
     data_format, rows, suffix = made
-    said, pairs = outcome(folder, encoded(copy.deepcopy(rows), suffix), suffix, data_format)
+    said, pairs = outcome(folder, encoded(rows, suffix), suffix, data_format)
     other_said, other_pairs = outcome(folder, encoded(rows[::-1], suffix), suffix, data_format)
     assert pairs == other_pairs
     assert without_places(said) == without_places(other_said)
 
 
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(files(), st.data())
 def test_damaged_bytes(folder: Path, made: tuple[str, list[Row], str], data: st.DataObject) -> None:
     """Bytes that were cut, flipped, or put in; with the line ends of Windows, or a mark at the beginning."""
