@@ -94,7 +94,7 @@ def counted(
         rows=rows,
         used=rows - len(dropped),
         left_out=_tally(dataset, dropped),
-        left_out_reason=data_format.drop_reason,
+        left_out_reason=data_format.drop_reason if len(dropped) else "",
         **{name: _tally(dataset, at[name]) for name in _NOTES},
     )
     if not report.is_plain:

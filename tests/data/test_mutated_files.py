@@ -139,7 +139,11 @@ def rows_in(data: bytes, suffix: str) -> int:
     if suffix == ".parquet":
         return len(pq.read_table(pa.BufferReader(data)))
     text = (gzip.decompress(data) if suffix.endswith(".gz") else data).decode("utf-8-sig")
-    return sum(1 for line in text.split("\n") if line.strip(" \t\r")) if suffix.startswith(".jsonl") else len(json.loads(text))
+    return (
+        sum(1 for line in text.split("\n") if line.strip(" \t\r"))
+        if suffix.startswith(".jsonl")
+        else len(json.loads(text))
+    )
 
 
 @pytest.fixture(scope="module")
