@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import re
 from pathlib import Path
 
 import datasets
@@ -206,9 +207,38 @@ def test_bad_lines_are_named(tmp_path, line, message):
         load_preferences(path)
 
 
+@pytest.mark.parametrize("name", ["t.jsonl", "t.json", "t.jsonl.gz", "t.json.gz"])
+def test_what_json_can_hold_and_text_cannot(tmp_path, name):
+    """A mark at the beginning is fine, line ends of Windows are; the rest is named, as is what a decoder chokes on."""
+    at = "line 2" if ".jsonl" in name else r"(line 1 \(row 1\)|row 1)"
+
+    def load(second: str, mark: bytes = b"", encoding: str = "utf-8"):
+        rows = [json.dumps(PAIRS[0]), second]
+        text = "\r\n".join(rows) if ".jsonl" in name else f"[{', '.join(rows)}]"
+        data = mark + text.encode(encoding)
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+        return load_preferences(tmp_path / name)
+
+    assert load(json.dumps(PAIRS[1]), b"\xef\xbb\xbf")["prompt"] == ["p0", "p1"]
+    for second, message in (
+        (
+            '{"prompt": "p", "chosen": "ok \\ud83d", "rejected": "r"}',
+            r"'chosen' has half of a surrogate pair, '\\ud83d'",
+        ),
+        ('{"prompt": "p", "chosen": "c", "chosen": "d", "rejected": "r"}', "the key 'chosen' is there more than once"),
+        (f'{{"prompt": "p", "chosen": {"[" * 99999}{"]" * 99999}, "rejected": "r"}}', "nested too deeply"),
+        (f'{{"prompt": "p", "chosen": "c", "rejected": "r", "id": {"9" * 5000}}}', "not readable .*4300 digits"),
+    ):
+        with pytest.raises(ValueError, match=rf"{re.escape(name)}, {at}: .*{message}"):
+            load(second)
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}, line 1: .* UTF-16 and not UTF-8; save it as UTF-8"):
+        load(json.dumps(PAIRS[1]), encoding="utf-16")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ('[{"a": 1}]\n[{"a": 2}]', r"line 2 \(row 1\): the array has ended, but '\[\{\"a\": 2\}\]' follows"),
         ('[{"a": 1},\n {"a": }]', r"line 2 \(row 1\): not valid JSON"),
         ('[{"a": 1}\n {"a": 2}]', r"line 2 \(row 1\): expected ',', found '{'"),
         ('[{"a": 1}, 7]', r"line 1 \(row 1\): expected an object, found '7"),

@@ -185,7 +185,7 @@ def without_places(said: str) -> list[str]:
     return sorted(re.findall(r"\w+", re.sub(r"(line|row|character) \d+|found .*?;", "", said)))
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(files())
 def test_one_changed_row(folder: Path, made: tuple[str, list[Row], str]) -> None:
     """Also in the other order of rows, which changes nothing but which row is named."""

@@ -65,7 +65,7 @@ def read(folder: Path, *rows: dict[str, Any], **arguments: Any) -> tuple[dataset
             ASKED,
             r"line {odd}: the messages of 'chosen' repeat the prompt, and those of the other answer do not",
         ),
-        ({**ASKED, "rejected": [{"role": "gpt", "content": "n"}]}, ASKED, r"line {odd}: 'rejected' .*no answer.*\['gpt'\]"),
+        ({**ASKED, "rejected": [{"role": "gpt", "content": "n"}]}, ASKED, r"line {odd}: 'rejected' .*no answer"),
     ],
 )  # fmt: skip
 def test_one_odd_row_is_named_wherever_it_stands(tmp_path, odd, others, says):
