@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -20,8 +19,6 @@ from fastdpo.data.formats import (
 from fastdpo.data.reports import NAMED, ReadReport, Tally
 from fastdpo.data.shared_prefix import Pair, Reading
 from fastdpo.data.survey import survey_dataset
-
-logger = logging.getLogger(__name__)
 
 # Part of what `datasets` hashes into its cache keys. Library functions are hashed by name, so without it a change of
 # this code would go on serving old results: raise it whenever reading or tokenisation gives other rows.
@@ -97,8 +94,6 @@ def counted(
         left_out_reason=data_format.drop_reason if len(dropped) else "",
         **{name: _tally(dataset, at[name]) for name in _NOTES},
     )
-    if not report.is_plain:
-        logger.warning("%s: %s", label, report.summary())
     if len(dropped):
         dataset = dataset.select(np.setdiff1d(np.arange(rows), dropped))
     dataset.info.description = _MARK

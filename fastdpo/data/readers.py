@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import hashlib
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from fastdpo.data.sources import SourceFile, find_source
 from fastdpo.data.survey import Survey, survey_parquet
 from fastdpo.shown import shown
 
+logger = logging.getLogger(__name__)
+
 
 def load_preferences(
     path: str | Path,
@@ -41,8 +44,12 @@ def load_preferences(
     revision: str | None = None,
     max_examples: int | None = None,
 ) -> datasets.Dataset:
-    """Preference pairs as a `datasets.Dataset` with prompt, chosen, rejected and example_id; see `read_preferences`."""
-    return read_preferences(
+    """Preference pairs as a `datasets.Dataset` with prompt, chosen, rejected and example_id.
+
+    The arguments, what is read and what raises are those of `read_preferences`, whose report is logged as a warning
+    where rows were left out or changed.
+    """
+    dataset, report = read_preferences(
         path,
         split=split,
         name=name,
@@ -51,7 +58,10 @@ def load_preferences(
         cache_dir=cache_dir,
         revision=revision,
         max_examples=max_examples,
-    )[0]
+    )
+    if not report.is_plain:
+        logger.warning("%s: %s", shown(path), report.summary())
+    return dataset
 
 
 def read_preferences(
@@ -86,7 +96,7 @@ def read_preferences(
     max_examples: read only that many rows, from the first; a format that leaves pairs out may then give fewer.
 
     A prompt that both answers of a conversation repeat is taken once, and turns after its last answer are dropped;
-    rows so changed, and those that a format leaves out by its definition, are counted in the report and in a warning.
+    rows so changed, and those that a format leaves out by its definition, are counted in the report.
     Anything that cannot be read, or not without guessing, raises: OSError (FileNotFoundError) for the path,
     PreferenceDataError (a ValueError) for arguments and for data, with file and line. So does a column with content
     that looks like a part of the prompt and is not read (`system`, `history`, `tools`, ...).

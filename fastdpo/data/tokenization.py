@@ -68,9 +68,12 @@ def tokenize_preferences(
     Limits: prompts lose their beginning beyond max_prompt_length (a leading BOS stays); then completions lose their
         end, so that prompt + completion ≤ max_length; a cut completion has no end mark. None means no limit.
     A pad token is neither needed nor used.
+    Rows: all are looked at before any is tokenised, and held to one form, as `read_preferences` does; what it gave is
+    not asked again. The report names the first pairs dropped for each reason.
 
     Raises PreferenceDataError (a ValueError) for limits that leave no room, a tokenizer without EOS or without the
-    chat template that the data need, rows of the wrong shape, and when no pair is left (with the counts).
+    chat template that the data need, rows of the wrong shape or that the template cannot render, columns with a
+    part of the prompt that is not read, and when no pair is left (with the counts).
     """
     limits = LengthLimits(max_length, max_prompt_length)
     dataset = require_dataset(dataset, "dataset")
