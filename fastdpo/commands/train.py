@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, Value
 from rich.console import Console
 from rich.table import Table
 
 from fastdpo.commands.options import make_parser, option_file, parse
 from fastdpo.commands.stages import beside, stage
-from fastdpo.data import load_preferences
+from fastdpo.data import ReadReport, read_preferences
 from fastdpo.shown import markup, shown, terminal
 from fastdpo.training.models.loading import load_model, load_tokenizer, lora_config
 from fastdpo.training.options import DataConfig, FastDPOConfig, ModelConfig
 from fastdpo.training.options.fields import is_set
-from fastdpo.training.options.unused import effective, without_effect
+from fastdpo.training.options.unused import effective, unused_ignored_together, without_effect
 from fastdpo.training.ranks import Ranks
 from fastdpo.training.runs.artifacts import metrics_of
 from fastdpo.training.runs.folder import RunFolder
@@ -82,7 +82,12 @@ def run(
 
         ranks.by_first(check if args.should_save else None)
         with stage("reading the pairs"):
-            train_dataset, eval_dataset = load_datasets(data_config)
+            (train_dataset, eval_dataset), reports = load_datasets(data_config)
+            with unused_ignored_together(args.ignore_unused_options):
+                _check_template(model_config, [train_dataset, eval_dataset])
+        for name, report in reports.items() if args.process_index == 0 else ():
+            if not report.is_plain:
+                terminal().print(f"{name} rows: {shown(report.summary())}", markup=False)
         with stage("loading the tokenizer"):
             tokenizer = load_tokenizer(model_config)
         with stage("loading the model"):
@@ -104,7 +109,7 @@ def _train(trainer: FastDPOTrainer, console: Console, options: dict[str, Any], *
     """Train, save the weights, and only then what can be done without."""
     main_process, folder = trainer.is_world_process_zero(), trainer.args.output_dir
     for name, report in trainer.tokenization.items() if main_process else ():
-        console.print(f"{name} pairs: {report.summary()}", markup=False)
+        console.print(f"{name} pairs: {shown(report.summary())}", markup=False)
     with stage("training", begun=True):
         results = dict(trainer.train().metrics)
     if not results:  # the run that was resumed had taken its last step
@@ -126,6 +131,13 @@ def _train(trainer: FastDPOTrainer, console: Console, options: dict[str, Any], *
     return results
 
 
+def _check_template(model: ModelConfig, data: list[Dataset | None]) -> None:
+    """Refuse, or note, a chat template that nothing is rendered with. Raises OptionError."""
+    plain = all(isinstance(each.features["prompt"], Value) for each in data if each is not None)
+    if model.chat_template is not None and plain:
+        without_effect(model, "chat_template", "the pairs are plain text, which no template renders; drop it.")
+
+
 def _sources(model: ModelConfig, data: DataConfig) -> dict[str, str | Path | None]:
     """Option → where the run starts from: what it must not overwrite."""
     names = ("model_name_or_path", "adapter_name_or_path", "tokenizer_name_or_path", "chat_template")
@@ -133,26 +145,27 @@ def _sources(model: ModelConfig, data: DataConfig) -> dict[str, str | Path | Non
     return found | {name: getattr(data, name) for name in ("dataset_name_or_path", "eval_dataset_name_or_path")}
 
 
-def load_datasets(config: DataConfig) -> tuple[Dataset, Dataset | None]:
-    """Training pairs, and evaluation pairs where they are named."""
+def load_datasets(config: DataConfig) -> tuple[tuple[Dataset, Dataset | None], dict[str, ReadReport]]:
+    """Training pairs, and evaluation pairs where they are named; what became of the rows of each."""
     assert config.dataset_name_or_path is not None
     common: dict[str, Any] = {
         "name": config.dataset_config,
         "revision": config.dataset_revision,
         "data_format": config.data_format,
     }
-    train = load_preferences(
+    train, report = read_preferences(
         config.dataset_name_or_path, split=config.train_split, max_examples=config.max_train_examples, **common
     )
     if config.eval_split is None and config.eval_dataset_name_or_path is None:
         if config.max_eval_examples is not None:
             raise ValueError("max_eval_examples has no effect without eval_split or eval_dataset_name_or_path.")
-        return train, None
+        return (train, None), {"train": report}
     path = config.eval_dataset_name_or_path or config.dataset_name_or_path
     if path != config.dataset_name_or_path:  # a configuration or revision says nothing of another data set
         common |= {"name": None, "revision": None}
     split = config.eval_split or ("train" if Path(path).is_file() else "test")  # a file has one split
-    return train, load_preferences(path, split=split, max_examples=config.max_eval_examples, **common)
+    evaluation, of_evaluation = read_preferences(path, split=split, max_examples=config.max_eval_examples, **common)
+    return (train, evaluation), {"train": report, "eval": of_evaluation}
 
 
 def _set_options(config: Any) -> dict[str, Any]:

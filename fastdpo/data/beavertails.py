@@ -10,22 +10,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastdpo.data.fields import binary_field, bool_field, string_field
-from fastdpo.data.shared_prefix import Pair
+from fastdpo.data.shared_prefix import Pair, Reading
 
 HELPFUL_COLUMNS = ("prompt", "response_0", "response_1", "better_response_id")
 HARMLESS_COLUMNS = ("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe")
 HARMLESS_DROP_REASON = "both responses safe, or both unsafe"
 
 
-def convert_helpful(row: Mapping[str, Any], where: str) -> Pair:
-    return _pair(row, binary_field(row, "better_response_id", where), where)
+def convert_helpful(row: Mapping[str, Any], where: str) -> Reading:
+    return Reading(_pair(row, binary_field(row, "better_response_id", where), where))
 
 
-def convert_harmless(row: Mapping[str, Any], where: str) -> Pair | None:
-    """The pair of one row, or None when not exactly one response is safe."""
+def convert_harmless(row: Mapping[str, Any], where: str) -> Reading:
+    """The pair of one row, without it when not exactly one response is safe."""
     is_safe = [bool_field(row, f"is_response_{i}_safe", where) for i in (0, 1)]
     pair = _pair(row, is_safe.index(True) if any(is_safe) else 0, where)
-    return pair if is_safe[0] != is_safe[1] else None
+    return Reading(pair if is_safe[0] != is_safe[1] else None)
 
 
 def _pair(row: Mapping[str, Any], chosen: int, where: str) -> Pair:

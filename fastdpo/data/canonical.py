@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any
 
 import datasets
 import numpy as np
 
 from fastdpo.data.errors import PreferenceDataError
-from fastdpo.data.formats import PreferenceFormat, choose_format
-from fastdpo.data.shared_prefix import Pair
-
-logger = logging.getLogger(__name__)
+from fastdpo.data.formats import (
+    CANONICAL_CONVERSATIONAL,
+    CANONICAL_PLAIN,
+    COLUMNS,
+    PreferenceFormat,
+    choose_format,
+)
+from fastdpo.data.reports import NAMED, ReadReport, Tally
+from fastdpo.data.shared_prefix import Pair, Reading
+from fastdpo.data.survey import survey_dataset
 
 # Part of what `datasets` hashes into its cache keys. Library functions are hashed by name, so without it a change of
 # this code would go on serving old results: raise it whenever reading or tokenisation gives other rows.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 _DROPPED = "_dropped"
+_NOTES = ("repeated_prompts", "unanswered_turns", "prompt_in_answers", "without_shared_prompt")
+# Travels with a Dataset: what was read once is not asked again whether its answers repeat the prompt.
+_MARK = "preference pairs in fastdpo's canonical form"
 
 
 def require_dataset(dataset: Any, argument: str) -> datasets.Dataset:
@@ -45,51 +53,73 @@ def canonical_features(conversational: bool) -> datasets.Features:
 
 
 def flagged_features(conversational: bool) -> datasets.Features:
-    """Canonical features plus the flag of rows that the format leaves out, so that the cache keeps their count."""
-    return datasets.Features({**canonical_features(conversational), _DROPPED: datasets.Value("bool")})
+    """Canonical features plus what was done to each row, so that the cache keeps the counts."""
+    return datasets.Features(
+        {**canonical_features(conversational), **dict.fromkeys((_DROPPED, *_NOTES), datasets.Value("bool"))}
+    )
 
 
-def flagged_row(pair: Pair | None, conversational: bool, example_id: str) -> dict[str, Any]:
+def flagged_row(reading: Reading, conversational: bool, example_id: str) -> dict[str, Any]:
     empty: Any = [] if conversational else ""
-    parts = pair or Pair(empty, empty, empty)
-    return {**parts._asdict(), "example_id": example_id, _DROPPED: pair is None}
+    parts = reading.pair or Pair(empty, empty, empty)
+    notes = {name: name in reading.notes for name in _NOTES}
+    return {**parts._asdict(), "example_id": example_id, _DROPPED: reading.pair is None, **notes}
 
 
-def without_dropped(dataset: datasets.Dataset, data_format: PreferenceFormat, label: str) -> datasets.Dataset:
-    """The rows that are not flagged; logs how many were. Raises PreferenceDataError when none is left."""
-    dropped = np.asarray(dataset.select_columns(_DROPPED).with_format("numpy")[:][_DROPPED], dtype=bool)
-    dataset = dataset.remove_columns(_DROPPED)
-    count = int(dropped.sum())
-    if not count:
-        return dataset
-    if count == len(dropped):
+def counted(
+    flagged: datasets.Dataset, data_format: PreferenceFormat, rows: int, label: str
+) -> tuple[datasets.Dataset, ReadReport]:
+    """The rows that are not left out, and what was done to all.
+
+    rows: how many the survey has seen. Raises PreferenceDataError when none is left, or when the counts differ.
+    """
+    flags = flagged.select_columns([_DROPPED, *_NOTES]).with_format("numpy")[:]
+    at = {name: np.flatnonzero(np.asarray(flags[name], dtype=bool)) for name in (_DROPPED, *_NOTES)}
+    if len(flagged) != rows:
         raise PreferenceDataError(
-            f"{label}: all {count} pairs were left out by the format {data_format.name!r} ({data_format.drop_reason}); "
+            f"{label}: {rows} rows were there at first, and {len(flagged)} when they were read; start again when "
+            "nothing writes to the data any more"
+        )
+    dropped = at[_DROPPED]
+    dataset = flagged.remove_columns([_DROPPED, *_NOTES])
+    if len(dropped) == rows:
+        raise PreferenceDataError(
+            f"{label}: all {rows} pairs were left out by the format {data_format.name!r} ({data_format.drop_reason}); "
             "choose another data_format or split"
         )
-    logger.warning("%s: left out %d of %d pairs: %s", label, count, len(dropped), data_format.drop_reason)
-    return dataset.select(np.flatnonzero(~dropped))
+    report = ReadReport(
+        rows=rows,
+        used=rows - len(dropped),
+        left_out=_tally(dataset, dropped),
+        left_out_reason=data_format.drop_reason if len(dropped) else "",
+        **{name: _tally(dataset, at[name]) for name in _NOTES},
+    )
+    if len(dropped):
+        dataset = dataset.select(np.setdiff1d(np.arange(rows), dropped))
+    dataset.info.description = _MARK
+    return dataset, report
 
 
-#: Columns of other data sets that hold what the model must see: dropping them would train on half a prompt.
-_PROMPT_LIKE = ("context", "input", "instruction", "query", "question", "system", "system_prompt")
+def _tally(dataset: datasets.Dataset, rows: np.ndarray) -> Tally:
+    first = dataset.select(rows[:NAMED])["example_id"] if len(rows) else []
+    return Tally(len(rows), tuple(first))
 
 
-def format_of_dataset(dataset: datasets.Dataset, data_format: str, label: str) -> PreferenceFormat:
-    chosen = choose_format(dataset[0], data_format, f"{label}, row 0")
-    log_unused_columns(dataset.column_names, chosen, label)
-    return chosen
+def is_canonical(dataset: datasets.Dataset) -> bool:
+    """Whether a data set came from here, with nothing added to it."""
+    return dataset.info.description == _MARK and any(
+        dataset.features == canonical_features(conversational) for conversational in (True, False)
+    )
 
 
-def log_unused_columns(columns: Iterable[str], data_format: PreferenceFormat, label: str) -> None:
-    unused = sorted(set(columns) - {*data_format.columns, "example_id"})
-    if missed := [name for name in unused if name in _PROMPT_LIKE]:
-        raise PreferenceDataError(
-            f"{label}: the columns {missed} look like a part of the prompt, but the format {data_format.name!r} reads "
-            f"{list(data_format.columns)} only; put their text into 'prompt', or remove them"
-        )
-    if unused:
-        logger.warning("%s: columns not read by the format %r: %s", label, data_format.name, ", ".join(unused))
+def format_of_dataset(
+    dataset: datasets.Dataset, data_format: str, label: str, place: Callable[[int], tuple[int, str]]
+) -> PreferenceFormat:
+    """The format of all rows of a Dataset. place(i): the position of row i and how a message names it."""
+    if is_canonical(dataset):
+        conversational = dataset.features == canonical_features(True)
+        return CANONICAL_CONVERSATIONAL if conversational else CANONICAL_PLAIN
+    return choose_format(survey_dataset(dataset, COLUMNS, place), data_format, label)
 
 
 def rows_of_batch(batch: dict[str, list[Any]]) -> list[dict[str, Any]]:
@@ -98,19 +128,20 @@ def rows_of_batch(batch: dict[str, list[Any]]) -> list[dict[str, Any]]:
 
 def to_canonical(
     dataset: datasets.Dataset, data_format: PreferenceFormat, label: str, num_proc: int | None
-) -> datasets.Dataset:
+) -> tuple[datasets.Dataset, ReadReport]:
     """The canonical form of a Dataset whose rows have `data_format`; example_id is "label:row", rows from 0."""
-    flagged = dataset.select_columns(list(data_format.columns)).map(
+    columns = data_format.read_of(dataset.column_names)
+    flagged = dataset.select_columns(columns).map(
         _flag_batch,
         batched=True,
         with_indices=True,
         num_proc=num_proc,
         features=flagged_features(data_format.conversational),
-        remove_columns=list(data_format.columns),
+        remove_columns=columns,
         fn_kwargs={"data_format": data_format, "label": label, "version": CACHE_VERSION},
         desc="Reading preference pairs",
     )
-    return without_dropped(flagged, data_format, label)
+    return counted(flagged, data_format, len(dataset), label)
 
 
 def _flag_batch(

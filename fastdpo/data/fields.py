@@ -1,17 +1,29 @@
-"""Checked access to the fields of one raw row.
+"""One raw row, and checked access to its fields.
 
 Every function takes the row, the name of the field and `where` ("train.jsonl, line 17"), and raises
-PreferenceDataError naming all three when the field is missing, null or of another type.
+PreferenceDataError naming all three when the field is missing, null, of another type, or text that is no Unicode.
 """
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastdpo.data.errors import PreferenceDataError
 
 Message = dict[str, str]
+
+_SHORT = reprlib.Repr()  # bounded in depth and in length, whatever a row holds
+_SHORT.maxstring = _SHORT.maxother = 60
+
+
+class RawRow(NamedTuple):
+    """One row of a file or data set: its number there, the place that a message names, and what it holds."""
+
+    position: int
+    where: str
+    fields: Mapping[str, Any]
 
 
 def raw_field(row: Mapping[str, Any], name: str, where: str) -> Any:
@@ -21,7 +33,7 @@ def raw_field(row: Mapping[str, Any], name: str, where: str) -> Any:
 
 
 def wrong_field(name: str, value: Any, accepted: str, where: str) -> PreferenceDataError:
-    seen = "null" if value is None else f"{type(value).__name__} {_short(value)}"
+    seen = "null" if value is None else f"{type(value).__name__} {_SHORT.repr(value)}"
     return PreferenceDataError(f"{where}: the field {name!r} must be {accepted}, found {seen}; mend or remove the row")
 
 
@@ -29,6 +41,18 @@ def string_field(row: Mapping[str, Any], name: str, where: str) -> str:
     value = raw_field(row, name, where)
     if not isinstance(value, str):
         raise wrong_field(name, value, "a string", where)
+    return _whole_text(value, name, where)
+
+
+def _whole_text(value: str, name: str, where: str) -> str:
+    """Raises where half of a surrogate pair stands alone, which no tokenizer and no file takes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise PreferenceDataError(
+            f"{where}: the field {name!r} has half of a surrogate pair, {value[error.start]!r}, at character "
+            f"{error.start}, as where an emoji was cut in two; write the whole character, or remove the half"
+        ) from error
     return value
 
 
@@ -69,10 +93,6 @@ def messages_field(row: Mapping[str, Any], name: str, where: str) -> list[Messag
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
                 raise wrong_field(f"{label}.{key}", message.get(key), "a string", where)
+            _whole_text(message[key], f"{label}.{key}", where)
         messages.append({"role": message["role"], "content": message["content"]})
     return messages
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

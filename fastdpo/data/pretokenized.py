@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from fastdpo.data.errors import PreferenceDataError
 from fastdpo.data.truncation import LengthLimits
 
+_INT32_MAX = 2**31 - 1
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
@@ -17,8 +18,8 @@ def pass_through(dataset: datasets.Dataset, limits: LengthLimits) -> datasets.Da
     """The same rows with example_id ("row:N") and length where they are missing, and no other columns.
 
     Raises PreferenceDataError when an id column is missing or holds anything but lists of integers, when a list is
-    null, empty or has a null, or when a pair is longer than the limits: ids are not cut here, as nobody knows
-    any more where a prompt may be cut.
+    null, empty or has a null, when an id is negative or beyond int32, or when a pair is longer than the limits: ids
+    are not cut here, as nobody knows any more where a prompt may be cut.
     """
     missing = [name for name in ID_COLUMNS if name not in dataset.column_names]
     if missing:
@@ -63,10 +64,23 @@ def _lengths(dataset: datasets.Dataset, name: str) -> np.ndarray:
         if (counts == 0).any():
             row = rows + int(np.argmin(counts))
             raise PreferenceDataError(f"dataset: {name!r} of row {row} is null or empty; remove the row")
-        if pc.list_flatten(column).null_count:
-            raise PreferenceDataError(
-                f"dataset: {name!r} has a null token id in the rows {rows} to {rows + len(counts)}"
-            )
+        _check_ids(pc.list_flatten(column), counts, name, rows)
         lengths.append(counts)
         rows += len(counts)
     return np.concatenate(lengths)
+
+
+def _check_ids(ids: pa.Array, counts: np.ndarray, name: str, first: int) -> None:
+    """ids: those of rows with `counts` ids each, of which the first is row `first`."""
+    wrong = pc.or_kleene(pc.less(ids, 0), pc.greater(ids, _INT32_MAX))
+    at = pc.index(pc.fill_null(wrong, True), True).as_py()
+    if at < 0:
+        return
+    row = first + int(np.searchsorted(np.cumsum(counts), at, side="right"))
+    value = ids[at].as_py()
+    if value is None:
+        raise PreferenceDataError(f"dataset: {name!r} has a null token id in row {row}; remove the row")
+    raise PreferenceDataError(
+        f"dataset: {name!r} has the token id {value} in row {row}; ids are 0 or more and below 2³¹, so tokenise the "
+        "row again"
+    )

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 
-from fastdpo.data.errors import PreferenceDataError
+from fastdpo.data.errors import PreferenceDataError, cause
 from fastdpo.data.fields import Message
 from fastdpo.data.shared_prefix import Pair
+from fastdpo.shown import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+logger = logging.getLogger(__name__)
+
+#: What the code of a template can raise while it renders; RuntimeError is also that of a recursion too deep.
+TEMPLATE_ERRORS = (
+    TemplateError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 class PairText(NamedTuple):
@@ -45,6 +63,29 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, conversational: bool) ->
         )
 
 
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Gives the tokenizer the template of a file.
+
+    Raises FileNotFoundError where there is no file, PreferenceDataError for one that is no UTF-8 or no Jinja template.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"chat_template={str(path)!r}: no such file. Give a Jinja template.")
+    try:
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    except UnicodeDecodeError as error:
+        raise PreferenceDataError(
+            f"chat_template={str(path)!r} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from error
+    except TemplateSyntaxError as error:
+        raise PreferenceDataError(
+            f"chat_template={str(path)!r}, line {error.lineno}: not a valid Jinja template ({shown(error.message)})"
+        ) from error
+    except TEMPLATE_ERRORS as error:
+        # A template may refuse these messages, and render those of the data
+        logger.debug("the chat template refuses a single question: %s", error)
+
+
 def render_conversation(tokenizer: PreTrainedTokenizerBase, pair: Pair, where: str) -> PairText:
     """The template's text of the prompt with the generation prompt, and of prompt + completion rendered as one.
 
@@ -58,11 +99,12 @@ def render_conversation(tokenizer: PreTrainedTokenizerBase, pair: Pair, where: s
     def render(messages: list[Message], generation: bool) -> str:
         try:
             text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-        except TemplateError as error:
+        except TEMPLATE_ERRORS as error:
             roles = [message["role"] for message in messages]
+            meant = isinstance(error, TemplateError)  # most often what the template itself raises
             raise PreferenceDataError(
-                f"{where}: the chat template refuses messages with the roles {roles} ({error}); mend the row, or set "
-                "another tokenizer.chat_template"
+                f"{where}: the chat template {'refuses' if meant else 'fails for'} messages with the roles {roles} "
+                f"({shown(error) if meant else cause(error)}); mend the row, or set another tokenizer.chat_template"
             ) from error
         return text
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import datasets
 from datasets.exceptions import DatasetNotFoundError
 
-from fastdpo.data.errors import PreferenceDataError
+from fastdpo.data.errors import DAMAGE, PreferenceDataError, cause, damage_is_named
 from fastdpo.data.raw_rows import SUFFIXES, has_known_suffix
+from fastdpo.shown import listed, shown
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _FILE_SUFFIXES = (*SUFFIXES, ".gz", ".csv", ".tsv", ".txt", ".arrow", ".xz", ".zst", ".zip")
@@ -43,7 +44,18 @@ def find_source(
     if local.exists():
         if revision is not None:
             raise PreferenceDataError(f"revision={revision!r} needs a hub name, but path={str(path)!r} is local")
-        return _file(local, split, name) if local.is_file() else _folder(local, split, name)
+        if local.is_file():
+            return _file(local, split, name)
+        if not local.is_dir():
+            # Opening a pipe waits for a writer, and it could not be read twice
+            raise PreferenceDataError(f"path={str(path)!r} is neither a file nor a folder; write the rows into a file")
+        return _folder(local, split, name)
+    for link in (local, *local.parents):
+        if link.is_symlink() and not link.exists():
+            raise FileNotFoundError(
+                f"path={str(path)!r}: {str(link)!r} is a link to {os.readlink(link)!r}, which does not exist or leads "
+                "back to itself"
+            )
     if _is_hub_name(str(path), local):
         return _hub(str(path), split, name, cache_dir, revision, num_proc)
     raise FileNotFoundError(f"path={str(path)!r} does not exist; {_nearby(local)}")
@@ -59,11 +71,14 @@ def _nearby(local: Path) -> str:
     folder = local.parent
     while not folder.is_dir():
         folder = folder.parent
-    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    try:
+        names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        return f"the folder {str(folder)!r} cannot be looked into ({error.strerror})"
     wanted = local.relative_to(folder).parts[0]
     near = difflib.get_close_matches(wanted, names, n=5, cutoff=0.5) or names[:5]
-    listed = f"near-by names: {', '.join(near)}" if near else "the folder is empty"
-    return f"in {str(folder)!r}, {listed}"
+    found = f"near-by names: {shown(', '.join(near))}" if near else "the folder is empty"
+    return f"in {str(folder)!r}, {found}"
 
 
 def _file(path: Path, split: str, name: str | None) -> list[SourceFile]:
@@ -84,7 +99,12 @@ def _folder(path: Path, split: str, name: str | None) -> list[SourceFile] | data
             raise PreferenceDataError(
                 f"name={name!r} has no meaning for the saved data set {str(path)!r}; leave it out"
             )
-        saved = datasets.load_from_disk(str(path))
+        what, advice = f"path={str(path)!r} is a saved data set that cannot be read", "write it again with save_to_disk"
+        try:
+            with damage_is_named(what, advice):
+                saved = datasets.load_from_disk(str(path))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{what} ({cause(error)}); {advice}") from error
         if not saved_dict:
             # One saved split: 'train' stands for "the one there is", as it does for a file.
             recorded = str(saved.split) if saved.split is not None else "train"
@@ -108,15 +128,21 @@ def _data_files(path: Path, split: str, name: str | None) -> list[SourceFile]:
         ) from error
     except ValueError as error:
         raise PreferenceDataError(
-            f"path={str(path)!r}, name={name!r}: {error}; name must be a config of its README or one of its folders"
+            f"path={str(path)!r}, name={name!r}: {shown(error)}; name must be a config of its README or one of its "
+            "folders"
         ) from error
-    files = builder.config.data_files
+    except DAMAGE as error:
+        raise PreferenceDataError(
+            f"path={str(path)!r}: the layout of the folder cannot be read ({cause(error)}); mend the YAML at the top "
+            "of its README.md, or name one file"
+        ) from error
+    files = builder.config.data_files or {}
     _check_split(split, files, path)
     sources = [SourceFile(Path(file), _label(Path(file), path)) for file in files[split]]
     wrong = [source.label for source in sources if not has_known_suffix(source.path)]
     if wrong:
         raise PreferenceDataError(
-            f"path={str(path)!r}: unsupported suffix of {', '.join(wrong[:5])}; accepted: {', '.join(SUFFIXES)}"
+            f"path={str(path)!r}: unsupported suffix of {listed(wrong)}; accepted: {', '.join(SUFFIXES)}"
         )
     return sources
 
@@ -148,5 +174,5 @@ def _hub(
             f"path={path!r} is neither a local file or folder ({_nearby(Path(path))}) nor a data set that the hub "
             f"gives: {error}"
         ) from error
-    except ValueError as error:
-        raise PreferenceDataError(f"path={path!r}, name={name!r}, split={split!r}: {error}") from error
+    except DAMAGE as error:
+        raise PreferenceDataError(f"path={path!r}, name={name!r}, split={split!r}: {cause(error)}") from error

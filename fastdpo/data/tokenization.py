@@ -7,7 +7,7 @@ rendering.py, those of length in truncation.py.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, fields
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -19,8 +19,10 @@ from fastdpo.data.fields import string_field
 from fastdpo.data.formats import PreferenceFormat
 from fastdpo.data.pretokenized import ID_COLUMNS, pass_through
 from fastdpo.data.rendering import PairEncoder, PairText, PairTokens, check_tokenizer, render_conversation
-from fastdpo.data.shared_prefix import Pair
+from fastdpo.data.reports import ADVICE, COUNTED, DROPS, NAMED, Tally, TokenizationReport
+from fastdpo.data.shared_prefix import Pair, Reading
 from fastdpo.data.truncation import LengthLimits
+from fastdpo.shown import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,41 +30,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class TokenizationReport:
-    """Counts of pairs. total = kept + dropped_empty + dropped_identical; the others count kept pairs.
-
-    dropped_empty: no prompt token to condition on (no shared prompt, or an empty one without BOS), or a prompt that
-        fills max_length. dropped_identical: chosen and rejected have the same ids, perhaps after the cut.
-    truncated_prompts, truncated_completions: cut in the prompt, in one completion or both.
-    boundary_merges: the tokens of prompt + completion did not begin with the prompt's; see PairEncoder.
-    header_in_completions: the completions begin with the template's answer header; see render_conversation.
-    """
-
-    total: int
-    kept: int
-    dropped_empty: int = 0
-    dropped_identical: int = 0
-    truncated_prompts: int = 0
-    truncated_completions: int = 0
-    boundary_merges: int = 0
-    header_in_completions: int = 0
-
-    def summary(self) -> str:
-        parts = [f"kept {self.kept} of {self.total} pairs"]
-        counted = (f for f in fields(self) if f.name not in ("total", "kept"))
-        parts += [f"{f.name.replace('_', ' ')} {getattr(self, f.name)}" for f in counted if getattr(self, f.name)]
-        return ", ".join(parts)
-
-
-_FLAGS = tuple(f.name for f in fields(TokenizationReport) if f.name not in ("total", "kept"))
+# Flags of a pair, beside why it was dropped ("" where it was kept)
+_FLAGS = tuple(name for name in COUNTED if name not in DROPS.values())
+_NOTES = ("repeated_prompts", "unanswered_turns", "prompt_in_answers")
+_DROPPED = "_dropped"
 _IDS = [datasets.Value("int32")]
 _FEATURES = {
     **dict.fromkeys(ID_COLUMNS, _IDS),
     "example_id": datasets.Value("string"),
     "length": datasets.Value("int32"),
 }
-_FLAGGED_FEATURES = datasets.Features({**_FEATURES, **dict.fromkeys(_FLAGS, datasets.Value("bool"))})
+_FLAGGED_FEATURES = datasets.Features(
+    {**_FEATURES, **dict.fromkeys(_FLAGS, datasets.Value("bool")), _DROPPED: datasets.Value("string")}
+)
 
 
 def tokenize_preferences(
@@ -88,18 +68,25 @@ def tokenize_preferences(
     Limits: prompts lose their beginning beyond max_prompt_length (a leading BOS stays); then completions lose their
         end, so that prompt + completion ≤ max_length; a cut completion has no end mark. None means no limit.
     A pad token is neither needed nor used.
+    Rows: all are looked at before any is tokenised, and held to one form, as `read_preferences` does; what it gave is
+    not asked again. The report names the first pairs dropped for each reason.
 
     Raises PreferenceDataError (a ValueError) for limits that leave no room, a tokenizer without EOS or without the
-    chat template that the data need, rows of the wrong shape, and when no pair is left (with the counts).
+    chat template that the data need, rows of the wrong shape or that the template cannot render, columns with a
+    part of the prompt that is not read, and when no pair is left (with the counts).
     """
     limits = LengthLimits(max_length, max_prompt_length)
     dataset = require_dataset(dataset, "dataset")
     if any(name in dataset.column_names for name in ID_COLUMNS):
         passed = pass_through(dataset, limits)
         return passed, TokenizationReport(total=len(passed), kept=len(passed))
-    data_format = format_of_dataset(dataset, "auto", "dataset")
+    names = _example_ids(dataset)
+    data_format = format_of_dataset(dataset, "auto", "dataset", lambda i: (i, f"example {shown(names(i))}"))
     check_tokenizer(tokenizer, data_format.conversational)
-    columns = [*data_format.columns, *(["example_id"] if "example_id" in dataset.column_names else [])]
+    columns = [
+        *data_format.read_of(dataset.column_names),
+        *(["example_id"] if "example_id" in dataset.column_names else []),
+    ]
     flagged = dataset.select_columns(columns).map(
         _tokenize_batch,
         batched=True,
@@ -120,15 +107,25 @@ def tokenize_preferences(
 
 def _counted(flagged: datasets.Dataset) -> tuple[datasets.Dataset, TokenizationReport]:
     flags = flagged.select_columns(list(_FLAGS)).with_format("numpy")[:]
-    dropped = np.asarray(flags["dropped_empty"], dtype=bool) | np.asarray(flags["dropped_identical"], dtype=bool)
-    kept = np.flatnonzero(~dropped)
+    why = np.asarray(flagged.select_columns(_DROPPED).with_format("arrow")[:].column(_DROPPED).to_pylist())
+    kept = np.flatnonzero(why == "")
+    reasons = {}
+    for reason in DROPS:
+        if len(at := np.flatnonzero(why == reason)):
+            reasons[reason] = Tally(len(at), tuple(flagged.select(at[:NAMED])["example_id"]))
     report = TokenizationReport(
-        total=len(flagged), kept=len(kept), **{name: int(np.sum(flags[name])) for name in _FLAGS}
+        total=len(flagged),
+        kept=len(kept),
+        **{name: int(np.sum(flags[name])) for name in _FLAGS},
+        **{
+            name: sum(tally.count for reason, tally in reasons.items() if DROPS[reason] == name)
+            for name in ("dropped_empty", "dropped_identical")
+        },
+        reasons=reasons,
     )
     if not report.kept:
         raise PreferenceDataError(
-            f"no pair is left to train on: {report.summary()}; identical pairs carry no preference, and empty ones "
-            "need a shorter prompt, a larger max_length, or a smaller max_prompt_length"
+            f"no pair is left to train on: {report.summary()}; {'; '.join(ADVICE[reason] for reason in reasons)}"
         )
     logger.info("%s", report.summary())
     if report.header_in_completions:
@@ -137,7 +134,14 @@ def _counted(flagged: datasets.Dataset) -> tuple[datasets.Dataset, TokenizationR
             "include the answer's header",
             report.header_in_completions,
         )
-    dataset = flagged.remove_columns(list(_FLAGS))
+    for name, told in (
+        ("repeated_prompts", "both answers repeated the messages of the prompt; it was taken once"),
+        ("unanswered_turns", "the turns after the last answer were dropped"),
+        ("prompt_in_answers", "both answers begin with the prompt, as others do not; they are kept as they are"),
+    ):
+        if count := getattr(report, name):
+            logger.warning("%d pairs: %s", count, told)
+    dataset = flagged.remove_columns([*_FLAGS, _DROPPED])
     return (dataset.select(kept) if report.kept < report.total else dataset), report
 
 
@@ -154,17 +158,26 @@ def _tokenize_batch(
         string_field(row, "example_id", f"row {i}") if "example_id" in row else f"row:{i}"
         for row, i in zip(rows, indices, strict=True)
     ]
-    pairs = [data_format.convert(row, f"example {name}") for row, name in zip(rows, example_ids, strict=True)]
+    places = [f"example {shown(name)}" for name in example_ids]
+    readings = [data_format.convert(row, where) for row, where in zip(rows, places, strict=True)]
     texts = [
-        _text(pair, tokenizer, data_format.conversational, f"example {name}")
-        for pair, name in zip(pairs, example_ids, strict=True)
+        _text(reading.pair, tokenizer, data_format.conversational, where)
+        for reading, where in zip(readings, places, strict=True)
     ]
     encoded = iter(PairEncoder(tokenizer).encode([text for text in texts if text], data_format.conversational))
     result = [
-        _row(text, next(encoded) if text else PairTokens([], [], [], False), limits, tokenizer.bos_token_id)
-        for text in texts
+        _row(text, next(encoded) if text else PairTokens([], [], [], False), limits, tokenizer.bos_token_id, reading)
+        for text, reading in zip(texts, readings, strict=True)
     ]
     return {"example_id": example_ids, **{name: [row[name] for row in result] for name in result[0]}}
+
+
+def _example_ids(dataset: datasets.Dataset) -> Callable[[int], str]:
+    """The name of each row: its example_id, which must be text, or "row:N"."""
+    if "example_id" not in dataset.column_names:
+        return lambda i: f"row:{i}"
+    named = dataset.select_columns("example_id")
+    return lambda i: string_field(named[i], "example_id", f"row {i}")
 
 
 def _text(pair: Pair | None, tokenizer: PreTrainedTokenizerBase, conversational: bool, where: str) -> PairText | None:
@@ -176,21 +189,30 @@ def _text(pair: Pair | None, tokenizer: PreTrainedTokenizerBase, conversational:
     return PairText(prompt, prompt + chosen, prompt + rejected)
 
 
-def _row(text: PairText | None, tokens: PairTokens, limits: LengthLimits, bos: int | None) -> dict[str, Any]:
+def _row(
+    text: PairText | None, tokens: PairTokens, limits: LengthLimits, bos: int | None, reading: Reading
+) -> dict[str, Any]:
     prompt = limits.cut_prompt(tokens.prompt, bos)
     chosen, rejected = (limits.cut_completion(ids, len(prompt)) for ids in (tokens.chosen, tokens.rejected))
-    empty = not (prompt and chosen and rejected)
-    identical = not empty and chosen == rejected
-    kept = not (empty or identical)
+    why = ""
+    if text is None or (not prompt and "without_shared_prompt" in reading.notes):
+        why = "no shared prompt"
+    elif not prompt:
+        why = "no prompt"
+    elif not (chosen and rejected):
+        why = "prompt fills max_length"
+    elif chosen == rejected:
+        why = "same answers" if tokens.chosen == tokens.rejected else "same answers once cut"
+    kept = not why
     return {
         "prompt_ids": prompt,
         "chosen_ids": chosen,
         "rejected_ids": rejected,
         "length": 2 * len(prompt) + len(chosen) + len(rejected),
-        "dropped_empty": empty,
-        "dropped_identical": identical,
+        _DROPPED: why,
         "truncated_prompts": kept and len(prompt) < len(tokens.prompt),
         "truncated_completions": kept and (chosen != tokens.chosen or rejected != tokens.rejected),
         "boundary_merges": kept and tokens.boundary_merge,
         "header_in_completions": kept and text is not None and text.header_in_completion,
+        **{name: kept and name in reading.notes for name in _NOTES},
     }

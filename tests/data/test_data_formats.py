@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdpo.data.errors import PreferenceDataError
+from fastdpo.data.fields import RawRow
 from fastdpo.data.formats import choose_format
 from fastdpo.data.hh_rlhf import convert as convert_hh
 from fastdpo.data.hh_rlhf import parse_transcript
+from fastdpo.data.survey import Survey
 
 
 def user(text: str) -> dict[str, str]:
@@ -20,8 +24,15 @@ def assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
+def chosen_format(*rows, data_format="auto"):
+    survey = Survey()
+    for number, row in enumerate(rows, 1):
+        survey.add(RawRow(number, f"file, line {number}", row))
+    return choose_format(survey, data_format, "file")
+
+
 def convert(row, data_format="auto"):
-    return choose_format(row, data_format, "file, line 1").convert(row, "file, line 1")
+    return chosen_format(row, data_format=data_format).convert(row, "file, line 1").pair
 
 
 H, A = "\n\nHuman: ", "\n\nAssistant: "
@@ -84,11 +95,14 @@ H, A = "\n\nHuman: ", "\n\nAssistant: "
     ],
 )
 def test_hh_pairs(chosen, rejected, expected):
-    assert convert_hh({"chosen": chosen, "rejected": rejected}, "here") == expected
+    assert convert_hh({"chosen": chosen, "rejected": rejected}, "here").pair == expected
+    # The same with the line ends of Windows between the turns, whose texts are left as they are.
+    crlf = [re.sub(r"\n\n(Human|Assistant):", r"\r\n\r\n\1:", text) for text in (chosen, rejected)]
+    assert convert_hh(dict(zip(("chosen", "rejected"), crlf, strict=True)), "here").pair == expected
 
 
 turn_text = st.text(st.sampled_from("aé \n:H漢"), max_size=12).map(lambda t: t + "uman") | st.text(max_size=20).filter(
-    lambda t: "\n\nHuman:" not in t and "\n\nAssistant:" not in t
+    lambda t: not re.search(r"\n\r?\n(Human|Assistant):", t)
 )
 
 
@@ -218,8 +232,7 @@ def test_named_trl_reads_transcripts_as_plain_text():
         ({"prompt": "p", "chosen": "c"}, "trl", r"needs \['rejected'\]; columns found: \['chosen', 'prompt'\]"),
         ({"chosen": "c", "rejected": "r"}, "beavertails-helpful", r"needs \['prompt', 'response_0'"),
         ({"chosen": "c", "rejected": "r"}, "hh", r"data_format='hh' is unknown; accepted: auto, hh-rlhf"),
-        ({"chosen": "c", "rejected": "r", "tools": []}, "auto", r"\['tools'\] are not supported"),
-        ({"prompt": None, "chosen": "c", "rejected": "r"}, "auto", "'prompt' must be a string, found null"),
+        ({"chosen": "c", "rejected": "r", "tools": [{}]}, "auto", "'tools' holds what is not supported"),
         ({"chosen": "c", "rejected": 7}, "auto", "'rejected' must be a string, found int 7"),
         ({"chosen": [user("p"), "c"], "rejected": [user("p")]}, "auto", r"'chosen\[1\]' must be a message"),
         (

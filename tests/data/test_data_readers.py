@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import re
 from pathlib import Path
 
 import datasets
@@ -61,7 +62,7 @@ def test_array_elements_longer_than_the_read_window(tmp_path):
 @pytest.mark.parametrize("window", [1, 2, 3, 5, 7, 11, 64])
 def test_array_elements_cut_anywhere(tmp_path, monkeypatch, window):
     rows = [{"a": [True, None, -1.5e-7, i], "b": {"c": "\\ \U0001f600 é"}, "d": False} for i in range(9)]
-    monkeypatch.setattr("fastdpo.data.raw_rows._CHUNK", window)
+    monkeypatch.setattr("fastdpo.data.json_rows._CHUNK", window)
     (tmp_path / "t.json").write_text(json.dumps(rows))
     assert [row.fields for row in iter_rows(tmp_path / "t.json")] == rows
 
@@ -174,9 +175,9 @@ def test_harmless_pairs_left_out_are_counted_on_every_load(tmp_path, caplog):
         with caplog.at_level(logging.INFO, logger="fastdpo"):
             dataset = load_preferences(path, data_format="beavertails-harmless")
         assert dataset["example_id"] == ["t.jsonl:1", "t.jsonl:2"]
-        assert "left out 2 of 4 pairs: both responses safe, or both unsafe" in caplog.text
+        assert "used 2 of 4 rows, left out 2 (both responses safe, or both unsafe: t.jsonl:3, t.jsonl:4)" in caplog.text
         unused = [r.message for r in caplog.records if "not read" in r.message]
-        assert [m.endswith(": better_response_id") for m in unused] == [True]
+        assert [m.endswith(": 'better_response_id'") for m in unused] == [True]
     write(path, rows[2:])
     with pytest.raises(ValueError, match=r"all 2 pairs were left out"):
         load_preferences(path, data_format="beavertails-harmless")
@@ -186,7 +187,7 @@ def test_harmless_pairs_left_out_are_counted_on_every_load(tmp_path, caplog):
     ("line", "message"),
     [
         (b'{"prompt": "p", "chosen": "c"\n', r"line 3: not valid JSON"),
-        (b'{"prompt": "\xff", "chosen": "c"}\n', r"line 3: not valid JSON"),
+        (b'{"prompt": "\xff", "chosen": "c"}\n', r"line 3: not UTF-8 \(invalid start byte at byte 12\)"),
         (b'["p", "c", "r"]\n', r"line 3: expected a JSON object .* found list"),
         (
             b'{"prompt": "p", "chosen": "c"}\n',
@@ -206,9 +207,38 @@ def test_bad_lines_are_named(tmp_path, line, message):
         load_preferences(path)
 
 
+@pytest.mark.parametrize("name", ["t.jsonl", "t.json", "t.jsonl.gz", "t.json.gz"])
+def test_what_json_can_hold_and_text_cannot(tmp_path, name):
+    """A mark at the beginning is fine, line ends of Windows are; the rest is named, as is what a decoder chokes on."""
+    at = "line 2" if ".jsonl" in name else r"(line 1 \(row 1\)|row 1)"
+
+    def load(second: str, mark: bytes = b"", encoding: str = "utf-8"):
+        rows = [json.dumps(PAIRS[0]), second]
+        text = "\r\n".join(rows) if ".jsonl" in name else f"[{', '.join(rows)}]"
+        data = mark + text.encode(encoding)
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+        return load_preferences(tmp_path / name)
+
+    assert load(json.dumps(PAIRS[1]), b"\xef\xbb\xbf")["prompt"] == ["p0", "p1"]
+    for second, message in (
+        (
+            '{"prompt": "p", "chosen": "ok \\ud83d", "rejected": "r"}',
+            r"'chosen' has half of a surrogate pair, '\\ud83d'",
+        ),
+        ('{"prompt": "p", "chosen": "c", "chosen": "d", "rejected": "r"}', "the key 'chosen' is there more than once"),
+        (f'{{"prompt": "p", "chosen": {"[" * 99999}{"]" * 99999}, "rejected": "r"}}', "nested too deeply"),
+        (f'{{"prompt": "p", "chosen": "c", "rejected": "r", "id": {"9" * 5000}}}', "not readable .*4300 digits"),
+    ):
+        with pytest.raises(ValueError, match=rf"{re.escape(name)}, {at}: .*{message}"):
+            load(second)
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}, line 1: .* UTF-16 and not UTF-8; save it as UTF-8"):
+        load(json.dumps(PAIRS[1]), encoding="utf-16")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ('[{"a": 1}]\n[{"a": 2}]', r"line 2 \(row 1\): the array has ended, but '\[\{\"a\": 2\}\]' follows"),
         ('[{"a": 1},\n {"a": }]', r"line 2 \(row 1\): not valid JSON"),
         ('[{"a": 1}\n {"a": 2}]', r"line 2 \(row 1\): expected ',', found '{'"),
         ('[{"a": 1}, 7]', r"line 1 \(row 1\): expected an object, found '7"),

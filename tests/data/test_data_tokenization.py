@@ -224,7 +224,10 @@ def test_drops_are_counted_and_named():
     ]
     result, report = tokenize_preferences(plain(*rows), build(), max_length=6, max_prompt_length=None)
     assert report == TokenizationReport(total=8, kept=3, dropped_empty=3, dropped_identical=2, truncated_completions=1)
-    assert report.summary() == "kept 3 of 8 pairs, dropped empty 3, dropped identical 2, truncated completions 1"
+    assert report.summary() == (
+        "kept 3 of 8 pairs, dropped empty 3 (no prompt 1: row:1; prompt fills max_length 2: row:2, row:3), "
+        "dropped identical 2 (same answers 1: row:4; same answers once cut 1: row:5), truncated completions 1"
+    )
     assert list(result["example_id"]) == ["row:0", "row:6", "row:7"]
     # 2·3 + 2 + 2, 2·4 + 2 + 2, 2·4 + 2 + 2
     assert list(result["length"]) == [10, 12, 12]
@@ -239,8 +242,11 @@ def test_drops_are_counted_and_named():
 @pytest.mark.parametrize(
     ("rows", "counts"),
     [
-        ([("p", "x", "x"), ("p", "y", "y")], "kept 0 of 2 pairs, dropped identical 2"),
-        ([("", "x", "y"), ("p", "y", "y")], "kept 0 of 2 pairs, dropped empty 1, dropped identical 1"),
+        ([("p", "x", "x"), ("p", "y", "y")], r"kept 0 of 2 pairs, dropped identical 2 \(same answers: row:0, row:1\)"),
+        (
+            [("", "x", "y"), ("p", "y", "y")],
+            r"kept 0 of 2 pairs, dropped empty 1 \(no prompt: row:0\), dropped identical 1 \(same answers: row:1\)",
+        ),
     ],
 )
 def test_nothing_left_is_an_error_with_the_counts(rows, counts):

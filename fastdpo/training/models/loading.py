@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from fastdpo.data.rendering import set_chat_template
 from fastdpo.shown import listed, shown
 from fastdpo.training.models.files import fault_in, one_line, reading
 from fastdpo.training.options import ModelConfig
@@ -207,10 +208,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     option = "tokenizer_name_or_path" if own else "model_name_or_path"
     tokenizer = read_tokenizer(source, option, revision=revision, trust_remote_code=config.trust_remote_code)
     if config.chat_template:
-        path = Path(config.chat_template).expanduser()
-        if not path.is_file():
-            raise FileNotFoundError(f"chat_template={config.chat_template!r}: no such file. Give a Jinja template.")
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        set_chat_template(tokenizer, Path(config.chat_template).expanduser())
     return tokenizer
 
 
