@@ -82,7 +82,7 @@ def run_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., i
         with monkeypatch.context() as patch:
             patch.setattr(train_command, "FastDPOTrainer", Trainer)
             patch.setattr(train_command, "held_by_first", lambda *_: contextlib.nullcontext())
-            patch.setattr(train_command, "load_datasets", lambda _: (None, [1]))
+            patch.setattr(train_command, "load_datasets", lambda _: ((tiny.pairs(1), tiny.pairs(1)), {}))
             for name in ("load_tokenizer", "load_model", "lora_config"):
                 patch.setattr(train_command, name, lambda _: None)
             patch.setattr(Trainer if hasattr(Trainer, stage) else train_command, stage, fail)

@@ -54,7 +54,7 @@ def test_quantised_weights_cannot_be_trained() -> None:
 
 REFUSED_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "length": ({"max_length": 10**18}, "max_length is more than 1,048,576"),
-    "prompt": ({"max_length": 9, "max_prompt_length": 10**400}, "max_prompt_length is more than"),
+    "prompt": ({"max_length": 9, "max_prompt_length": 10**18}, "max_prompt_length is more than"),
     "batch": ({"per_device_train_batch_size": MAX_PAIRS + 1}, "per_device_train_batch_size is more than 16,777,216"),
     "no batch": ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0: at least 1"),
     "budget": ({"micro_batch_tokens": "9" * 5000}, "micro_batch_tokens has more than 18 digits"),
@@ -124,8 +124,9 @@ def test_a_dropped_router_loss_is_refused_with_the_same_sentence(tmp_path: Path)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lora_r": 10**19}, "lora_r is more than 131,072"),
-        ({"lora_alpha": 10**400}, "lora_alpha is more than"),
+        ({"lora_r": 10**18}, "lora_r is more than 131,072"),
+        ({"lora_alpha": 10**18}, "lora_alpha is more than"),
+        ({"lora_alpha": 10**400}, "lora_alpha=10*… .*a whole number"),
         ({"lora_target_modules": ["nix"]}, "nix"),
     ],
 )
@@ -232,7 +233,7 @@ sensible = st.builds(
     },
     length=st.integers(2, 2**20),
     share=st.none() | st.floats(0.0, 1.0),
-    cards=st.lists(st.floats(0.001, 1e30), max_size=2),
+    cards=st.lists(st.floats(0.001, 9e9), max_size=2),
     micro_batch_tokens=st.just("auto") | st.integers(1, 10**18 - 1).map(str),
     per_device_train_batch_size=st.integers(1, MAX_PAIRS),
     gradient_checkpointing=st.sampled_from(["auto", "true"]),

@@ -51,6 +51,8 @@ _ALSO: dict[str, tuple[type, ...]] = {
 _CHOICES = {"include_num_input_tokens_seen": ("all", "non_padding", "no")}
 #: Where the path of a JSON file stands for what it holds.
 _FILES = ("accelerator_config", "fsdp_config", "deepspeed")
+#: Numbers that may be infinite: gradients whose norm is logged and not clipped.
+_UNBOUNDED = ("max_grad_norm",)
 #: Text, of which true and false may be spelled in all ways.
 _SPELLED = ("gradient_checkpointing",)
 
@@ -159,7 +161,8 @@ def _float(name: str, value: Any) -> float | None:
     if isinstance(value, bool) or not (isinstance(value, str) or hasattr(value, "__float__")):
         return None
     found = float(value)
-    return found if math.isfinite(found) else None
+    unbounded = name in _UNBOUNDED and found == math.inf
+    return found if math.isfinite(found) or unbounded else None
 
 
 def _str(name: str, value: Any) -> str | bool | None:

@@ -53,7 +53,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("logging_steps", "save_steps", "minutes"), _POSITIVE),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout"), _SHARE),
     **dict.fromkeys(("seed", "data_seed"), _SEED),
-    "max_steps": Range(1, besides=-1),
+    "max_steps": Range(0, besides=-1),
 }  # fmt: skip
 
 

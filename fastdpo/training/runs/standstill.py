@@ -23,7 +23,9 @@ def refuse_no_steps(args: FastDPOConfig) -> None:
     if args.max_steps == 0:
         raise ValueError("max_steps=0 trains nothing. Set the number of steps, or leave it out for num_train_epochs.")
     if args.max_steps < 0 and not args.num_train_epochs > 0:
-        raise ValueError(f"num_train_epochs={args.num_train_epochs} trains nothing. Set it above 0, or set max_steps.")
+        raise ValueError(
+            f"num_train_epochs={args.num_train_epochs:g} trains nothing. Set it above 0, or set max_steps."
+        )
     if args.learning_rate == 0:
         raise ValueError("learning_rate=0 trains nothing. Set it above 0, such as 1e-5; evaluate() needs no training.")
 

@@ -289,7 +289,6 @@ def frozen(trainer: Any) -> None:
 STILL: dict[str, tuple[dict[str, Any], Callable[[Any], None] | None, str]] = {
     "no step": ({"max_steps": 0}, None, "max_steps=0 trains nothing"),
     "no epoch": ({"num_train_epochs": 0}, None, "num_train_epochs=0 trains nothing"),
-    "less than none": ({"num_train_epochs": -0.5}, None, "num_train_epochs=-0.5 trains nothing"),
     "no rate": ({"learning_rate": 0.0}, None, "learning_rate=0 trains nothing"),
     "all warm-up": ({"max_steps": 1, "warmup_steps": 3}, None, "'linear' with 3 steps of warm-up gives each of the 1 "),
     "no scale": ({"peft_config": tiny.lora(lora_alpha=0)}, None, "lora_alpha=0: the LoRA on '.*q_proj' is multiplied"),
