@@ -17,7 +17,7 @@ PATHS: dict[str, str | None] = {
     "eval_dataset_name_or_path": None,
     "output_dir": "folder",
     "resume_from_checkpoint": "folder",
-    "reference_cache_dir": "folder",
+    "reference_cache_dir": None,  # one that cannot be written to costs the cache, which is a warning
 }
 #: What the system says of a path that cannot be one.
 _IMPOSSIBLE = {
