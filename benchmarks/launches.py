@@ -72,10 +72,12 @@ class _Operators(TorchDispatchMode):
 
 
 def _only_looks(func: Any, args: Any, result: Any) -> bool:
-    """Whether an operator gives no tensor, or views of its arguments."""
+    """Whether an operator gives no tensor, views of its arguments, or tensors without elements, for which torch
+    launches nothing."""
     outputs = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
     storages = {x.untyped_storage().data_ptr() for x in tree_leaves(args) if isinstance(x, torch.Tensor)}
-    return not func._schema.is_mutable and all(x.untyped_storage().data_ptr() in storages for x in outputs)
+    new = [x for x in outputs if x.numel() and x.untyped_storage().data_ptr() not in storages]
+    return not (func._schema.is_mutable or new)
 
 
 @contextmanager
