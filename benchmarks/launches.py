@@ -58,10 +58,12 @@ class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
         packet = func.overloadpacket
-        if func.namespace != "aten" or _only_looks(func, args, result):
+        if func.namespace != "aten":
             return result
         if packet in _ALLOCATIONS:
             self.counts.allocations += 1
+        elif _only_looks(func, args, result):
+            pass
         elif packet in _CASTS:
             self.counts.casts += 1
         elif packet in _PRODUCTS:
