@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 
 from fastdpo.commands.output import make_output_visible
-from fastdpo.commands.stages import doing, run_of
+from fastdpo.commands.stages import begun, doing, run_of
 from fastdpo.shown import shown, terminal
 from fastdpo.version import __version__
 
@@ -126,7 +126,7 @@ def _report(error: Exception) -> int:
         return 1  # the trainer has said which, and why
     found = verdict(error)
     _say(found.title, found.sentence, style="bold red")
-    if found.code == DEFECT and doing(error) == "training":
+    if found.code == DEFECT and doing(error) == "training" and begun(error):
         _say("", last_checkpoint(str(run_of(error))), style="")
     kept = keep_traceback(error) if found.code == DEFECT else None
     where = f"the traceback is in {kept}" if kept else f"{TRACEBACK}=1 shows where it was raised"

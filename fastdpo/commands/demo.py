@@ -17,6 +17,6 @@ def main(argv: list[str]) -> int:
     """Parse and run. Returns 0; raises what `fastdpo.commands.cli` reports."""
     with stage("reading the options"):
         (config,) = parse(make_parser("fastdpo demo", _DESCRIPTION, DemoConfig), argv)
-    with beside(config.output_dir), stage("the demo was at work", begun=True):
+    with beside(config.output_dir), stage("the demo was at work", begun=lambda: True):
         run(config)
     return 0

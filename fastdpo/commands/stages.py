@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,28 +11,28 @@ _ATTRIBUTE = "fastdpo_circumstances"
 
 
 @contextmanager
-def stage(doing: str, *, begun: bool = False) -> Iterator[None]:
+def stage(doing: str, *, begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """An error that leaves this context was raised while `doing` ("loading the model"); the innermost stage counts.
 
-    begun: whether the run may have taken a step by then.
+    begun: asked then, whether the run may have taken a step.
     """
-    with _circumstances(doing=doing, begun=begun):
+    with _circumstances(lambda: {"doing": doing, "begun": begun()}):
         yield
 
 
 @contextmanager
 def beside(run: str | Path) -> Iterator[None]:
     """What is kept of an error that leaves this context lies beside the folder of this run."""
-    with _circumstances(run=Path(run)):
+    with _circumstances(lambda: {"run": Path(run)}):
         yield
 
 
 @contextmanager
-def _circumstances(**facts: Any) -> Iterator[None]:
+def _circumstances(facts: Callable[[], dict[str, Any]]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        setattr(error, _ATTRIBUTE, {**facts, **_of(error)})
+        setattr(error, _ATTRIBUTE, {**facts(), **_of(error)})
         raise
 
 

@@ -110,7 +110,7 @@ def _train(trainer: FastDPOTrainer, console: Console, options: dict[str, Any], *
     main_process, folder = trainer.is_world_process_zero(), trainer.args.output_dir
     for name, report in trainer.tokenization.items() if main_process else ():
         console.print(f"{name} pairs: {shown(report.summary())}", markup=False)
-    with stage("training", begun=True):
+    with stage("training", begun=trainer.has_begun):
         results = dict(trainer.train().metrics)
     if not results:  # the run that was resumed had taken its last step
         results = metrics_of(Path(folder))
@@ -118,12 +118,12 @@ def _train(trainer: FastDPOTrainer, console: Console, options: dict[str, Any], *
             if main_process:
                 console.print(f"{shown(folder)} holds the finished run, whole; nothing was changed", markup=False)
             return results
-    with stage("saving the weights", begun=True):
+    with stage("saving the weights", begun=trainer.has_begun):
         trainer.save_model(_internal_call=True)  # before the evaluation, which may be interrupted
     if evaluates:
-        with stage("evaluating", begun=True):
+        with stage("evaluating", begun=trainer.has_begun):
             results |= trainer.evaluate()
-    with stage("writing figures and card", begun=True):
+    with stage("writing figures and card", begun=trainer.has_begun):
         trainer.save_run(results, options)
     if main_process:
         console.print(_summary(results))

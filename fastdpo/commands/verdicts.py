@@ -7,7 +7,8 @@ machine   a file, a disk, a package, memory: the cause, and what was being done;
 library   a library's own refusal, before training, of what the user has named: its message and whose; exit code 2
 defect    anything else, of fastdpo or of a library under it; exit code 3
 
-What ends a run that had begun (a non-finite loss, memory in the optimizer's step) brings its own sentence; exit code 1.
+What ends a run that had begun (a loss that is not finite, a pair or an optimizer that memory does not hold) brings its
+own sentence; exit code 1.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 
 from fastdpo.commands.stages import begun, doing
-from fastdpo.training.memory.plan import is_out_of_memory
+from fastdpo.training.memory.plan import OutOfMemory, is_out_of_memory
 from fastdpo.training.runs.failures import OptimizerOutOfMemory
 from fastdpo.training.runs.nonfinite import NonFiniteLossError
 
@@ -70,11 +71,11 @@ class Verdict:
 def verdict(error: Exception) -> Verdict:
     """What `error` means to the person at the terminal."""
     title, frames = f"error {type(error).__name__}:", list(_frames(error))
-    if isinstance(error, (NonFiniteLossError, OptimizerOutOfMemory)):
+    if isinstance(error, (NonFiniteLossError, OptimizerOutOfMemory, OutOfMemory)):
         return Verdict(FAILED, title, str(error))
     ours = bool(frames) and _package(frames[-1][0]) == "fastdpo" and _raises(*frames[-1])
     if is_out_of_memory(error):
-        return Verdict(FAILED, title, str(error) if ours else _out_of_memory(error))
+        return Verdict(FAILED, title, _out_of_memory(error))
     if isinstance(error, _REFUSALS) and ours:
         return Verdict(REFUSED, title, str(error))
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("fastdpo"):
@@ -84,7 +85,8 @@ def verdict(error: Exception) -> Verdict:
     if isinstance(error, OSError) and error.errno is not None:
         return Verdict(REFUSED, title, _of_the_machine(error))
     whose = next((name for name in map(_package, (f for f, _ in reversed(frames))) if not _is_standard(name)), "")
-    if isinstance(error, _ANSWERS) and whose in _ANSWERING and not begun(error):
+    answering = _ANSWERING | ({"torch"} if doing(error) == "reading the options" else set())  # of its process groups
+    if isinstance(error, _ANSWERS) and whose in answering and not begun(error):
         return Verdict(REFUSED, title, f"{_while(error)}, {whose} says: {_short(error)}")
     told = f" ({_short(error)})" if str(error) else ""
     defect = (

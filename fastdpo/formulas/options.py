@@ -196,8 +196,8 @@ def _check_beta(beta: Any) -> None:
     if isinstance(beta, Tensor):
         return
     base = getattr(beta, "beta", beta)
-    if not 0.0 < base < math.inf:
-        raise ValueError(f"beta={base} must be positive and finite; 0.1 is the usual choice.")
+    if not 1e-37 < base < 3e38:
+        raise ValueError(f"beta={base} must be positive and finite, in float32; 0.1 is the usual choice.")
 
 
 def _check_label_smoothing(losses: Sequence[Loss], label_smoothing: float) -> None:

@@ -31,6 +31,7 @@ from transformers.trainer_callback import ProgressCallback
 from fastdpo.data import TokenizationReport
 from fastdpo.loss.dynamic_beta import DynamicBeta
 from fastdpo.ops.backends import resolve_backend
+from fastdpo.shown import shown
 from fastdpo.training.datasets import Tokenization
 from fastdpo.training.models.limits import limits_of
 from fastdpo.training.models.quantized import is_quantized
@@ -290,6 +291,8 @@ class FastDPOTrainer(SavingTrainer):
         """
         self.options.check()
         refuse_standstill(self.args, self.model, self.train_dataset, self._given)
+        if not self.is_fsdp_enabled:  # where `shard` does it
+            self.create_optimizer()  # before the folder is taken: its options may be refused
         saving, self._skips = self.saving, SkippedSteps()
         with saving.held():
             resume = saving.claim(resume_from_checkpoint, self._identity())
@@ -315,6 +318,17 @@ class FastDPOTrainer(SavingTrainer):
             columns=[name for name in self.objective.columns if name != "example_id"],
             given=self._given,
         )
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', with errors that name the options."""
+        try:
+            return super().create_optimizer(*args, **kwargs)
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"optim={str(getattr(self.args.optim, 'value', self.args.optim))!r} cannot be made with optim_args="
+                f"{self.args.optim_args!r}, optim_target_modules={self.args.optim_target_modules!r}: {shown(error)}. "
+                "Give optim_args as name=value,name=value, with names that the optimizer takes."
+            ) from error
 
     # FSDP
 

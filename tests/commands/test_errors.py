@@ -21,6 +21,7 @@ import torch
 from fastdpo.commands import train as train_command
 from fastdpo.commands.cli import main
 from fastdpo.commands.output import make_output_visible
+from fastdpo.training.memory.plan import OutOfMemory
 from fastdpo.training.trainer import FastDPOTrainer
 
 #: What a command may raise, by the expression that makes it.
@@ -51,7 +52,7 @@ STAGES = {
 
 def raiser(error: str, module: str, statement: str = "raise {}") -> Callable[..., Any]:
     """A function of `module` that raises `error`."""
-    scope: dict[str, Any] = {"__name__": module, "torch": torch}
+    scope: dict[str, Any] = {"__name__": module, "torch": torch, "OutOfMemory": OutOfMemory}
     exec(f"def fail(*args, **kwargs):\n    {statement.format(error)}", scope)
     return scope["fail"]
 
@@ -64,6 +65,9 @@ def run_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., i
         def __init__(self, *_: Any, args: Any, **__: Any) -> None:
             checkpoints = types.SimpleNamespace(protect=lambda *_, **__: None)
             self.args, self.tokenization, self.parts = args, {}, types.SimpleNamespace(checkpoints=checkpoints)
+
+        def has_begun(self) -> bool:
+            return True
 
         def is_world_process_zero(self) -> bool:
             return True
@@ -154,6 +158,7 @@ def test_causes_of_the_machine(
         f"OSError({errno.EACCES}, 'Permission denied', 'x\\x1b[2J')": (2, r"'x\x1b[2J'", "give this user the right"),
         "ModuleNotFoundError('no', name='tensorboard.summary')": (2, "'tensorboard'", "pip install tensorboard"),
         "torch.OutOfMemoryError('CUDA out of memory. Tried')": (1, "CUDA out of memory", "Lower max_length"),
+        "OutOfMemory('one pair of 9 tokens does not fit: lower max_length')": (1, "one pair of 9 tokens", "lower"),
         "MemoryError()": (1, "memory ran out", "fastdpo estimate predicts"),
     }
     for stage in ("load_model", "train"):
@@ -162,7 +167,7 @@ def test_causes_of_the_machine(
             told = capsys.readouterr().err.replace("\n", " ")
             assert cause in told, told
             assert step in told, told
-            assert f"while {STAGES[stage][0]}" in told, told
+            assert f"while {STAGES[stage][0]}" in told or "OutOfMemory" in error, told
             assert "defect" not in told
             assert "\x1b" not in told
 

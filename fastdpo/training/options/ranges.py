@@ -32,6 +32,7 @@ class Range:
 
 
 _COUNT, _SHARE, _POSITIVE, _FROM_ZERO = Range(1), Range(0, 1, below=True), Range(0, open=True), Range(0)
+_FLOAT32 = Range(0, 3e38)  # what it holds
 _SEED = Range(0, 2**32 - 1)  # numpy's
 RANGES: dict[str, Range] = {
     **dict.fromkeys(
@@ -45,11 +46,11 @@ RANGES: dict[str, Range] = {
     ),
     **dict.fromkeys(
         (
-            "num_train_epochs", "learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps",
-            "eval_steps", "eval_delay", "dataloader_num_workers",
+            "num_train_epochs", "max_grad_norm", "warmup_steps", "eval_steps", "eval_delay", "dataloader_num_workers",
         ),
         _FROM_ZERO,
     ),
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon"), _FLOAT32),
     **dict.fromkeys(("logging_steps", "save_steps", "minutes"), _POSITIVE),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout"), _SHARE),
     **dict.fromkeys(("seed", "data_seed"), _SEED),

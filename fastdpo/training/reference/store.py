@@ -52,7 +52,7 @@ class ReferenceStore:
     @property
     def file(self) -> Path:
         """Where they are saved."""
-        return Path(self.args.reference_cache_dir or self.args.output_dir) / REFERENCE_CACHE_FILE
+        return Path(self.args.reference_cache_dir or self.args.output_dir).expanduser() / REFERENCE_CACHE_FILE
 
     def recall(self, batch: TokenBatch) -> CachedLogps:
         """What is known of the examples of `batch`."""

@@ -60,6 +60,10 @@ class InterruptibleTrainer(Trainer):
         finally:
             self.stop_signals.restore()
 
+    def has_begun(self) -> bool:
+        """Whether a call of `train` has come to its first step."""
+        return self.first_step >= 0
+
     def _has_trained(self) -> bool:
         """Whether this call of `train` has taken a step."""
         return self.state.global_step > self.first_step

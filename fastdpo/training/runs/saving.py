@@ -11,6 +11,7 @@ import logging
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ from fastdpo.training.runs.valid_json import valid_json
 logger = logging.getLogger(__name__)
 
 TRAINER_STATE_FILE = "trainer_state.json"
-#: What torch's errors of writing an archive name.
-_ARCHIVE_WRITERS = ("PytorchStreamWriter", "inline_container")
+#: What errors of writing say that have no type of their own: torch's of an archive in C++, tokenizers' in Rust.
+_WRITERS = ("PytorchStreamWriter", "inline_container", "iostream error", "(os error ")
 
 
 @contextmanager
@@ -46,6 +47,13 @@ def held_by_first(folder: RunFolder, ranks: Ranks, writes: bool) -> Iterator[Non
     with ExitStack() as stack:
         ranks.by_first((lambda: stack.enter_context(folder.held())) if writes else None)
         yield
+
+
+def _is_failed_write(error: BaseException) -> bool:
+    if isinstance(error, LockedError):  # the folder is another process's by now
+        return False
+    named = type(error) in (RuntimeError, Exception) and any(name in str(error) for name in _WRITERS)
+    return named or isinstance(error, (OSError, SafetensorError))
 
 
 class Checkpoints:
@@ -191,24 +199,24 @@ class Checkpoints:
     @contextmanager
     def written(self, staged: Path) -> Iterator[None]:
         """Around all writes of a checkpoint: one that fails leaves nothing behind, and says what is whole."""
-        try:
+        with ExitStack() as stack:
+            stack.push(partial(self._explain, staged))
             yield
-        except LockedError:  # no failure to write: the folder is another process's by now
-            raise
-        except (OSError, SafetensorError, RuntimeError) as error:
-            # torch writes archives in C++ and says so in a RuntimeError; another one is no failure to write
-            if isinstance(error, RuntimeError) and not any(name in str(error) for name in _ARCHIVE_WRITERS):
-                raise
-            if self.args.should_save:
-                shutil.rmtree(staged, ignore_errors=True)
-            newest = self.folder.newest() if self.args.should_save else None
-            last = f"The last whole checkpoint is {newest}." if newest else "No checkpoint had been saved yet."
-            cause = str(error).splitlines()[0] if str(error) else type(error).__name__
-            cause += f" ({shutil.disk_usage(self.args.output_dir).free / 2**20:.0f} MiB are free there)"
-            raise CheckpointError(
-                f"{staged.name} could not be written into {self.args.output_dir!r}: {cause}. {last} Make room or mend "
-                "the cause, then continue with --resume_from_checkpoint last."
-            ) from error
+
+    def _explain(self, staged: Path, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
+        """Raise CheckpointError where `error` is a failure to write; every other one goes on."""
+        if error is None or not _is_failed_write(error):
+            return
+        if self.args.should_save:
+            shutil.rmtree(staged, ignore_errors=True)
+        newest = self.folder.newest() if self.args.should_save else None
+        last = f"The last whole checkpoint is {newest}." if newest else "No checkpoint had been saved yet."
+        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        cause += f" ({shutil.disk_usage(self.args.output_dir).free / 2**20:.0f} MiB are free there)"
+        raise CheckpointError(
+            f"{staged.name} could not be written into {self.args.output_dir!r}: {cause}. {last} Make room or mend "
+            "the cause, then continue with --resume_from_checkpoint last."
+        ) from error
 
     def finish(self, staged: Path, state: TrainerState, callbacks: Iterable[Any]) -> str:
         """Add the states of trainer, callbacks, modules and reference log-probs, wait for all ranks' files, and give it

@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
+from fastdpo.shown import shown
 from fastdpo.training.options import FastDPOConfig
 
 
@@ -79,14 +80,22 @@ def _refuse_zero_rates(args: FastDPOConfig, steps: int) -> None:
     """A schedule whose every rate is 0, such as that of one step which is all warm-up."""
     warmup = args.get_warmup_steps(steps)
     probe = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
-    schedule = get_scheduler(
-        args.lr_scheduler_type,
-        optimizer=probe,
-        num_warmup_steps=warmup,
-        num_training_steps=steps,
-        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-    )
-    if isinstance(schedule, LambdaLR) and not any(schedule.lr_lambdas[0](step) for step in range(steps)):
+    try:
+        schedule = get_scheduler(
+            args.lr_scheduler_type,
+            optimizer=probe,
+            num_warmup_steps=warmup,
+            num_training_steps=steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+        still = isinstance(schedule, LambdaLR) and not any(schedule.lr_lambdas[0](step) for step in range(steps))
+    except (ValueError, TypeError, ArithmeticError, LookupError) as error:
+        raise ValueError(
+            f"lr_scheduler_type={args.lr_scheduler_type.value!r} cannot be made with lr_scheduler_kwargs="
+            f"{args.lr_scheduler_kwargs!r}: {shown(error)}. Give it the arguments that transformers.get_scheduler "
+            "names, or choose another."
+        ) from error
+    if still:
         raise ValueError(
             f"lr_scheduler_type={args.lr_scheduler_type.value!r} with {warmup} steps of warm-up gives each of the "
             f"{steps} steps a rate of 0, which trains nothing. Lower warmup_steps, or train longer."

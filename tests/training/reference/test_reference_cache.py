@@ -24,7 +24,8 @@ from tiny import NF4
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fastdpo.training.objectives import PreferenceObjective
-from fastdpo.training.reference import ReferenceCache, ReferencePolicy, reference_identity
+from fastdpo.training.ranks import Ranks
+from fastdpo.training.reference import ReferenceCache, ReferencePolicy, ReferenceStore, reference_identity
 from fastdpo.training.reference import cache as reference_cache
 from fastdpo.training.reference.cache import CachedLogps, Entry, ForeignFileError
 
@@ -441,3 +442,10 @@ def test_identity_leaves_out_what_changes_no_reference_logp() -> None:
         dynamic_beta=True,
         gradient_checkpointing=True,
     )
+
+
+def test_the_folder_of_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`~` is the user's home, as in every other path; no folder of that name."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args, ranks = tiny.config(tmp_path / "run", reference_cache_dir="~/kept"), Ranks(0, 1, torch.device("cpu"))
+    assert ReferenceStore(ReferenceCache({}, 2), args, ranks, needed=True).file.parent == tmp_path / "kept"

@@ -300,6 +300,17 @@ STILL: dict[str, tuple[dict[str, Any], Callable[[Any], None] | None, str]] = {
         {"dataloader_drop_last": True, "per_device_train_batch_size": 6, "gradient_accumulation_steps": 3}, None,
         "dataloader_drop_last=True drops the only batch: there are 16 pairs, and a step takes 18",
     ),
+    "schedule without its arguments": (
+        {"lr_scheduler_type": "warmup_stable_decay"}, None,
+        "lr_scheduler_type='warmup_stable_decay' cannot be made with lr_scheduler_kwargs=None: .*num_decay_steps",
+    ),
+    "schedule with others": (
+        {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": "a"}}, None,
+        "cannot be made with lr_scheduler_kwargs={'num_cycles': 'a'}",
+    ),
+    "optimizer with others": (
+        {"optim": "adafactor", "optim_args": "foo"}, None, "optim='adafactor' cannot be made with optim_args='foo'",
+    ),
     "frozen since": ({}, frozen, "every parameter of the model is frozen"),
 }  # fmt: skip
 

@@ -239,6 +239,9 @@ def test_a_save_that_fails_leaves_nothing_and_says_what_is_whole(tmp_path: Path,
     ("error", "raised"),
     [
         (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"), CheckpointError),
+        (RuntimeError("basic_ios::clear: iostream error"), CheckpointError),
+        (Exception("No space left on device (os error 28)"), CheckpointError),  # as tokenizers says it
+        (Exception("data did not match any variant"), Exception),
         (RuntimeError("CUDA error: an illegal memory access"), RuntimeError),
         (
             torch.distributed.DistBackendError("writev [127.0.0.1]:2345: Broken pipe"),

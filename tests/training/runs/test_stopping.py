@@ -109,7 +109,7 @@ BEST = {"metric_for_best_model": "rewards/margins", "greater_is_better": False}
 SIX = [("step", 2), ("evaluation", 4), ("step", 6), ("evaluation", 6)]
 #: Options, and where the run is stopped. Margins grow, so with the lowest as the best the first evaluation is the best.
 EVALUATED: dict[str, tuple[dict[str, Any], list[tuple[str, int]]]] = {
-    "save the best": (EVERY_TWO | BEST | {"save_strategy": "best"}, SIX),
+    "save the best": (EVERY_TWO | BEST | {"save_strategy": "best", "save_steps": 500}, SIX),
     "load the best": (
         EVERY_TWO | BEST | {"greater_is_better": True, "load_best_model_at_end": True, "save_total_limit": 1},
         SIX,
