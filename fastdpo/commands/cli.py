@@ -80,6 +80,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    make_output_visible()
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_HELP, end="")
         return 0 if argv else 2
@@ -96,7 +97,6 @@ def _reported(command: Callable[[], int]) -> int:
     """Run `command`; whatever it raises becomes a sentence and an exit code (`verdicts`)."""
     for name, capacity in _ONEDNN_CACHES.items():
         os.environ.setdefault(name, capacity)
-    make_output_visible()
     from fastdpo.training.runs.callbacks import TrainingInterrupted
 
     try:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import logging
 import re
+import sys
 import tempfile
 import types
 import warnings
@@ -239,3 +241,12 @@ def test_libraries_messages_show_escapes(capfd: pytest.CaptureFixture[str]) -> N
     told = capfd.readouterr().err
     assert "column note\\x1b[2J\\u202e\nsecond line" in told
     assert "\x1b" not in told
+
+
+def test_a_stream_that_lacks_letters_gets_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The help names β; a terminal of ASCII is no reason for a traceback."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert main(["--help"]) == 0
+    stream.flush()
+    assert "exact \\u03b2-DPO" in stream.buffer.getvalue().decode()
