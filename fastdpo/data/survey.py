@@ -39,7 +39,8 @@ class Survey:
     rows: how many. content: column → where it holds something first (not null, not empty); None where no row does.
     shapes: kinds of prompt, chosen and rejected → the first row of these.
     transcript, no_transcript: the first row whose two answers are HH-RLHF transcripts, and the first where one is not.
-    prompted: rows with a prompt that is text with something in it; repeated: those whose answers both begin with it.
+    prompted: rows with a prompt that is text with something in it; repeated: those whose answers both begin with it;
+    longest_repeated: characters of the longest of these prompts, without the space around it.
     """
 
     rows: int = 0
@@ -49,6 +50,7 @@ class Survey:
     no_transcript: FirstRow | None = None
     prompted: int = 0
     repeated: Tally = NO_ROWS
+    longest_repeated: int = 0
 
     def add(self, row: RawRow) -> None:
         """One row with all its columns."""
@@ -73,6 +75,7 @@ class Survey:
             self.prompted += 1
             if chosen.startswith(prompt) and rejected.startswith(prompt):  # type: ignore[union-attr]
                 self.repeated = self.repeated.plus(row.where)
+                self.longest_repeated = max(self.longest_repeated, len(prompt.strip()))
 
 
 def _kind(value: Any) -> Kind:
