@@ -8,7 +8,8 @@ from typing import Any, NoReturn
 
 from fastdpo.data import beavertails, hh_rlhf, trl_format
 from fastdpo.data.errors import PreferenceDataError
-from fastdpo.data.foreign_columns import is_foreign, refuse_foreign_columns
+from fastdpo.data.foreign_columns import refuse_foreign_columns
+from fastdpo.data.prompt_columns import is_foreign
 from fastdpo.data.shared_prefix import Reading
 from fastdpo.data.survey import Columns, FirstRow, Shape, Survey
 

@@ -254,51 +254,6 @@ def test_nothing_left_is_an_error_with_the_counts(rows, counts):
         tokenize_preferences(plain(*rows), build())
 
 
-@pytest.mark.parametrize("num_proc", [None, 2])
-@pytest.mark.parametrize("transcripts", [False, True])
-def test_a_batch_whose_rows_are_all_left_out_is_counted(transcripts, num_proc):
-    def row(first, second):
-        if transcripts:
-            return {
-                "chosen": f"\n\nHuman: {first}\n\nAssistant: y",
-                "rejected": f"\n\nHuman: {second}\n\nAssistant: n",
-            }
-        whole = conversation([first], ["y"], []), conversation([second], ["n"], [])
-        return {
-            name: each["prompt"] + each["chosen"] for name, each in zip(("chosen", "rejected"), whole, strict=True)
-        }
-
-    good, odd = row("q", "q"), row("a", "b")
-    # Batches are of 1000 rows, or of each worker's share
-    rows = [good] * 1000 if num_proc is None else [good]
-    _, report = tokenize_preferences(
-        datasets.Dataset.from_list([*rows, odd]), build(template=CHATML), num_proc=num_proc
-    )
-    assert report == TokenizationReport(len(rows) + 1, len(rows), dropped_empty=1)
-    with pytest.raises(ValueError, match=r"no pair is left: kept 0 of 2 pairs, dropped empty 2 \(no shared prompt"):
-        tokenize_preferences(datasets.Dataset.from_list([odd] * 2), build(template=CHATML), num_proc=num_proc)
-
-
-@pytest.mark.parametrize(
-    ("template", "says"),
-    [
-        ("{# nothing #}", r"dropped empty 1 \(template writes no prompt: row:0\); set another chat template"),
-        ("{{ 'x' }}", r"dropped identical 1 \(template writes both answers alike: row:0\); set another chat template"),
-        (
-            "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
-            r"dropped identical 1 \(template writes both answers alike: row:0\); set another chat template",
-        ),
-    ],
-)
-def test_templates_that_pass_over_the_messages_are_blamed(template, says):
-    dataset = datasets.Dataset.from_list([conversation(["q"], ["y"], ["n"])])
-    with pytest.raises(ValueError, match=says):
-        tokenize_preferences(dataset, build(template=template))
-    same = datasets.Dataset.from_list([conversation(["q"], ["y"], ["y"])])
-    with pytest.raises(ValueError, match=r"\(same answers: row:0\); pairs with the same answers"):
-        tokenize_preferences(same, build(template=CHATML))
-
-
 def test_raw_hh_rows_and_loaded_ones_give_the_same_ids(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     head = "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: "

@@ -48,7 +48,7 @@ def read(folder: Path, *rows: dict[str, Any], **arguments: Any) -> tuple[dataset
     ("odd", "others", "says"),
     [
         ({**PLAIN, "system": "Be brief."}, PLAIN, r"^\S*t.jsonl, line {odd}: the column 'system' looks like a part"),
-        ({**PLAIN, "History": ["q"]}, PLAIN, r"line {odd}: the column 'History' looks like a part of the prompt"),
+        ({**PLAIN, "History": ["before"]}, PLAIN, r"line {odd}: the column 'History' looks like a part of the prompt"),
         ({**PLAIN, "tools": [{"name": "f"}]}, PLAIN, r"line {odd}: the column 'tools' holds what is not supported"),
         ({**IMPLICIT, "messages": [user("q")]}, IMPLICIT, r"line {odd}: the column 'messages' .*'prompt'; rename it"),
         (PLAIN, IMPLICIT, r"line {odd} has a prompt.*line {other} has answers.*give every row its prompt, or none|"
@@ -102,7 +102,11 @@ def test_columns_that_are_empty_everywhere_count_as_absent(tmp_path, name, empty
         ),
         ({**PLAIN, "chosen": [assistant("y")]}, r"line 1: 'chosen' is a list and 'rejected' is a string; write both"),
         (
-            {"prompt": "Which colour has the sea?", "chosen": "Which colour has the sea? Blue", "rejected": "Which colour has the sea? Red"},
+            {
+                "prompt": "Which colour has the sea?",
+                "chosen": "Which colour has the sea? Blue",
+                "rejected": "Which colour has the sea? Red",
+            },
             r"in every row both answers begin with the prompt \(\S*t.jsonl, line 1\).*remove the column 'prompt'",
         ),
         (
