@@ -100,8 +100,9 @@ ADVICE = {
 class TokenizationReport:
     """Counts of pairs. total = kept + dropped_empty + dropped_identical; the others count kept pairs.
 
-    dropped_empty: no prompt token to condition on (no shared prompt, an empty one without BOS, or a template that writes none), or a prompt that
-        fills max_length. dropped_identical: chosen and rejected have the same ids, perhaps after the cut.
+    dropped_empty: no prompt token to condition on (no shared prompt, an empty one without BOS, or a template that
+        writes none), or a prompt that fills max_length. dropped_identical: chosen and rejected have the same ids,
+        perhaps after the cut.
     truncated_prompts, truncated_completions: cut in the prompt, in one completion or both.
     boundary_merges: the tokens of prompt + completion did not begin with the prompt's; see PairEncoder.
     header_in_completions: the completions begin with the template's answer header; see render_conversation.
