@@ -22,7 +22,7 @@ from fastdpo.data.survey import survey_dataset
 
 # Part of what `datasets` hashes into its cache keys. Library functions are hashed by name, so without it a change of
 # this code would go on serving old results: raise it whenever reading or tokenisation gives other rows.
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 
 _DROPPED = "_dropped"
 _NOTES = ("repeated_prompts", "unanswered_turns", "prompt_in_answers", "without_shared_prompt")

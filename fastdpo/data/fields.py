@@ -13,6 +13,39 @@ from typing import Any, NamedTuple
 from fastdpo.data.errors import PreferenceDataError
 
 Message = dict[str, str]
+#: Keys of a message that chat templates write into the text, under the names of several families of models.
+_RENDERED = frozenset(
+    {
+        "audio",
+        "audio_url",
+        "audios",
+        "channel",
+        "content_type",
+        "documents",
+        "file",
+        "files",
+        "function_call",
+        "image",
+        "image_url",
+        "images",
+        "name",
+        "prefix",
+        "reasoning",
+        "reasoning_content",
+        "recipient",
+        "thinking",
+        "thought",
+        "thoughts",
+        "tool",
+        "tool_call_id",
+        "tool_calls",
+        "tool_responses",
+        "tools",
+        "video",
+        "video_url",
+        "videos",
+    }
+)
 
 _SHORT = reprlib.Repr()  # bounded in depth and in length, whatever a row holds
 _SHORT.maxstring = _SHORT.maxother = 60
@@ -70,11 +103,34 @@ def binary_field(row: Mapping[str, Any], name: str, where: str) -> int:
     return int(value)
 
 
-def messages_field(row: Mapping[str, Any], name: str, where: str) -> list[Message]:
-    """A conversation: one or more messages with the string fields role and content, and nothing else.
+def has_content(value: Any) -> bool:
+    """False for null, an empty text or list, and an object whose values are all null."""
+    if isinstance(value, dict):
+        return any(each is not None for each in value.values())
+    return value is not None and not (isinstance(value, (str, bytes, list)) and not value)
 
-    Other non-null keys (tool_calls, reasoning_content, …) would change what a chat template renders, so they are
-    refused rather than dropped.
+
+def unread_keys(message: Mapping[str, Any]) -> list[str]:
+    """The keys of a message with content, beside its role and its content."""
+    return [key for key, value in message.items() if key not in ("role", "content") and has_content(value)]
+
+
+def is_rendered(key: str) -> bool:
+    """Whether chat templates are known to write this key of a message into the text."""
+    return key.strip().lower() in _RENDERED
+
+
+def brief(value: Any) -> str:
+    """A value in a few words for a message, whatever a row holds."""
+    return _SHORT.repr(value)
+
+
+def messages_field(row: Mapping[str, Any], name: str, where: str) -> list[Message]:
+    """A conversation: one or more messages with the string fields role and content.
+
+    Keys with content that chat templates write (tool_calls, reasoning_content, images, …) would change the text, so
+    they are refused rather than dropped; so is `name`, which some templates put into a turn's header. Other keys
+    (weight, id, timestamp, …) are bookkeeping: they are not read, and the survey says which they are.
     """
     value = raw_field(row, name, where)
     if not isinstance(value, list) or not value:
@@ -84,11 +140,12 @@ def messages_field(row: Mapping[str, Any], name: str, where: str) -> list[Messag
         label = f"{name}[{position}]"
         if not isinstance(message, Mapping):
             raise wrong_field(label, message, "a message {role, content}", where)
-        extra = sorted(key for key, item in message.items() if key not in ("role", "content") and item is not None)
+        extra = sorted(key for key in unread_keys(message) if is_rendered(key))
         if extra:
             raise PreferenceDataError(
-                f"{where}: the message {label} has the keys {extra}; only 'role' and 'content' are supported, "
-                "remove the others"
+                f"{where}: the message {label} has the keys {extra}, which chat templates write into the text; only "
+                "'role' and 'content' are supported, write what the model must see into the content and remove the "
+                "others"
             )
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):

@@ -1,4 +1,4 @@
-"""Columns that a format does not read, and which of them must not be passed over: those that hold a prompt."""
+"""Columns that a format does not read, and which of them must not be passed over: those that add to a prompt."""
 
 from __future__ import annotations
 
@@ -6,83 +6,51 @@ import logging
 from collections.abc import Sequence
 
 from fastdpo.data.errors import PreferenceDataError
+from fastdpo.data.fields import brief
+from fastdpo.data.prompt_columns import kind_of
 from fastdpo.data.survey import Survey
 from fastdpo.shown import listed
 
 logger = logging.getLogger(__name__)
 
-#: Columns of other data sets that hold what the model must see: dropping them would train on half a prompt.
-_PROMPT_LIKE = frozenset(
-    {
-        "chat_history",
-        "context",
-        "contexts",
-        "dialogue_history",
-        "history",
-        "input",
-        "inputs",
-        "instruction",
-        "instructions",
-        "query",
-        "question",
-        "system",
-        "system_message",
-        "system_prompt",
-    }
-)
-#: A chat template renders these into the prompt, or needs them to; without them the text would be another one.
-_UNSUPPORTED = frozenset({"chat_template_kwargs", "documents", "image", "images", "tools"})
-#: The prompt, or the prompt and an answer, under another name. Beside a prompt they are only a copy of it.
-_PROMPT_RENAMED = frozenset(
-    {
-        "chat",
-        "conversation",
-        "conversations",
-        "dialog",
-        "dialogs",
-        "dialogue",
-        "dialogues",
-        "messages",
-        "prompt",
-        "prompt_text",
-        "prompts",
-        "turns",
-        "user_prompt",
-    }
-)
-
-
-def is_foreign(name: str) -> bool:
-    """Whether a column of this name would be refused if it held anything."""
-    return name.strip().lower() in _PROMPT_LIKE | _UNSUPPORTED | _PROMPT_RENAMED
-
 
 def refuse_foreign_columns(survey: Survey, read: Sequence[str], knows_prompt: bool, form: str, label: str) -> None:
-    """Logs which columns are not read. Raises PreferenceDataError for one with content that belongs to the prompt.
+    """Logs which columns, and which keys of messages, are not read.
+
+    Raises PreferenceDataError for a column with text that belongs to the prompt and is not in it.
 
     read: the columns that the format reads. knows_prompt: False where the beginning that the answers happen to share
     would be taken for the prompt. form: the format's name.
     """
-    others = {name: where for name, where in survey.content.items() if name not in read and name != "example_id"}
-    for name, where in sorted(others.items()):
-        if where is None:
+    others = sorted(name for name in survey.content if name not in read and name != "example_id")
+    for name in others:
+        if name not in survey.adds:
             continue
-        plain = name.strip().lower()
-        if plain in _UNSUPPORTED:
+        where, value = survey.adds[name]
+        column, kind = f"the column {name!r}", kind_of(name)
+        without = (
+            f"read the data set without it (in Python: remove_columns({name!r}) and save_to_disk of `datasets`, then "
+            "give that folder)"
+        )
+        if kind == "unsupported":
             raise PreferenceDataError(
-                f"{where}: the column {name!r} holds what is not supported (text conversations without tools only); "
-                "remove the column if the prompts do not depend on it"
+                f"{where}: {column} holds what is not supported (text conversations without tools only), found "
+                f"{brief(value)}; if the prompts do not depend on it, {without}"
             )
-        if plain in _PROMPT_LIKE:
+        if kind == "part":
             raise PreferenceDataError(
-                f"{where}: the column {name!r} looks like a part of the prompt, but the format {form!r} reads "
-                f"{list(read)} only; put its text into 'prompt', or remove the column"
+                f"{where}: {column} looks like a part of the prompt and holds text that is not in it, found "
+                f"{brief(value)}, but the format {form!r} reads {list(read)} only; put its text into 'prompt', or "
+                f"{without}"
             )
-        if plain in _PROMPT_RENAMED and not knows_prompt:
+        if kind == "renamed" and not knows_prompt:
             raise PreferenceDataError(
-                f"{where}: the column {name!r} looks like the prompt, which is read from 'prompt'; rename it, with a "
-                "string beside answers that are strings and a list of messages beside lists of messages, or remove it "
-                "if chosen and rejected begin with the prompt"
+                f"{where}: {column} looks like the prompt, which is read from 'prompt'; rename "
+                "it, with a string beside answers that are strings and a list of messages beside lists of messages; "
+                f"or, if chosen and rejected begin with the prompt, {without}; found {brief(value)}"
             )
     if others:
-        logger.warning("%s: columns not read by the format %r: %s", label, form, listed(sorted(others), limit=20))
+        logger.warning("%s: columns not read by the format %r: %s", label, form, listed(others, limit=20))
+    if keys := survey.unread_keys:
+        said = ", ".join(f"{name!r} in {keys[name].count} rows" for name in sorted(keys)[:20])
+        logger.warning("%s: keys of messages not read: %s%s", label, said, " and others" if len(keys) > 20 else "")

@@ -8,7 +8,8 @@ from typing import Any, NoReturn
 
 from fastdpo.data import beavertails, hh_rlhf, trl_format
 from fastdpo.data.errors import PreferenceDataError
-from fastdpo.data.foreign_columns import is_foreign, refuse_foreign_columns
+from fastdpo.data.foreign_columns import refuse_foreign_columns
+from fastdpo.data.prompt_columns import is_foreign
 from fastdpo.data.shared_prefix import Reading
 from fastdpo.data.survey import Columns, FirstRow, Shape, Survey
 
@@ -88,6 +89,9 @@ CANONICAL_PLAIN = PreferenceFormat("trl", trl_format.EXPLICIT_COLUMNS, False, tr
 CANONICAL_CONVERSATIONAL = PreferenceFormat(
     "trl", trl_format.EXPLICIT_COLUMNS, True, trl_format.convert_canonical_conversational
 )
+
+#: From so many rows on, or with a prompt of so many characters, both answers begin with it by no accident.
+_FEW, _LONG = 10, 20
 
 _NAMED = {f.name: f for f in (HH_RLHF, BEAVERTAILS_HELPFUL, BEAVERTAILS_HARMLESS)}
 _ACCEPTED_COLUMNS = {**{name: f.columns for name, f in _NAMED.items()}, "trl": trl_format.IMPLICIT_COLUMNS}
@@ -200,8 +204,12 @@ def _refuse_kinds(stray: FirstRow, shape: Shape) -> NoReturn:
 
 
 def _refuse_repeated_prompts(survey: Survey, label: str) -> None:
-    """Raises where the answers of every row begin with its prompt, as in a data set that holds whole texts."""
-    if survey.repeated.count and survey.repeated.count == survey.prompted:
+    """Raises where the answers of every row begin with its prompt, as in a data set that holds whole texts.
+
+    A few answers may well begin with a short prompt ("Say hi": "Say hi back"): those are kept, counted and said.
+    """
+    by_chance = survey.repeated.count < _FEW and survey.longest_repeated < _LONG
+    if survey.repeated.count == survey.prompted and not by_chance:
         raise PreferenceDataError(
             f"{label}: in every row both answers begin with the prompt ({survey.repeated.names()}), which would be "
             "trained on twice; remove the column 'prompt', or take the prompt out of the answers"

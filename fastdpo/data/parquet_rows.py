@@ -121,10 +121,3 @@ def first_content(column: Any) -> int | None:
         filled = pc.and_(filled, functools.reduce(pc.or_, parts, pa.scalar(False)))
     found = pc.index(filled, True).as_py()
     return None if found < 0 else found
-
-
-def has_content(value: Any) -> bool:
-    """What `first_content` asks, of one Python value."""
-    if isinstance(value, dict):
-        return any(each is not None for each in value.values())
-    return value is not None and not (isinstance(value, (str, bytes, list)) and not value)

@@ -98,8 +98,8 @@ def read_preferences(
     A prompt that both answers of a conversation repeat is taken once, and turns after its last answer are dropped;
     rows so changed, and those that a format leaves out by its definition, are counted in the report.
     Anything that cannot be read, or not without guessing, raises: OSError (FileNotFoundError) for the path,
-    PreferenceDataError (a ValueError) for arguments and for data, with file and line. So does a column with content
-    that looks like a part of the prompt and is not read (`system`, `history`, `tools`, ...).
+    PreferenceDataError (a ValueError) for arguments and for data, with file and line. So does a column that
+    is named like a part of the prompt (`system`, `history`, `tools`, ...), where its text is not in the prompt.
     """
     for argument, value in (("num_proc", num_proc), ("max_examples", max_examples)):
         if value is not None and value < 1:

@@ -163,6 +163,8 @@ class PairEncoder:
         return pairs
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        if not texts:  # of a batch whose rows were all left out; a tokenizer takes no empty list
+            return []
         ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 

@@ -36,7 +36,8 @@ class ReadReport:
     left_out: rows that the format leaves out by its definition, for `left_out_reason`.
     repeated_prompts: conversations whose two answers began with the prompt's messages; it was taken once.
     unanswered_turns: conversations with turns after the last answer, which were dropped.
-    prompt_in_answers: plain texts whose two answers begin with the prompt, as not all do; they are kept as they are.
+    prompt_in_answers: plain texts whose two answers begin with the prompt, which not all do, or only a few rows
+        with a short one; they are kept as they are.
     without_shared_prompt: plain texts without a prompt column that share no beginning; their prompt is empty.
     """
 
@@ -77,7 +78,9 @@ class ReadReport:
 DROPS = {
     "no prompt": "dropped_empty",
     "no shared prompt": "dropped_empty",
+    "template writes no prompt": "dropped_empty",
     "prompt fills max_length": "dropped_empty",
+    "template writes both answers alike": "dropped_identical",
     "same answers": "dropped_identical",
     "same answers once cut": "dropped_identical",
 }
@@ -85,7 +88,9 @@ DROPS = {
 ADVICE = {
     "no prompt": "give every row a prompt, or a tokenizer that adds BOS",
     "no shared prompt": "put the prompt into a column 'prompt'",
+    "template writes no prompt": "set another chat template, as this one passes over the messages",
     "prompt fills max_length": "shorten the prompts, raise max_length, or lower max_prompt_length",
+    "template writes both answers alike": "set another chat template, as this one passes over the answers' text",
     "same answers": "pairs with the same answers carry no preference",
     "same answers once cut": "raise max_length, as the answers differ only beyond it",
 }
@@ -95,8 +100,9 @@ ADVICE = {
 class TokenizationReport:
     """Counts of pairs. total = kept + dropped_empty + dropped_identical; the others count kept pairs.
 
-    dropped_empty: no prompt token to condition on (no shared prompt, or an empty one without BOS), or a prompt that
-        fills max_length. dropped_identical: chosen and rejected have the same ids, perhaps after the cut.
+    dropped_empty: no prompt token to condition on (no shared prompt, an empty one without BOS, or a template that
+        writes none), or a prompt that fills max_length. dropped_identical: chosen and rejected have the same ids,
+        perhaps after the cut.
     truncated_prompts, truncated_completions: cut in the prompt, in one completion or both.
     boundary_merges: the tokens of prompt + completion did not begin with the prompt's; see PairEncoder.
     header_in_completions: the completions begin with the template's answer header; see render_conversation.

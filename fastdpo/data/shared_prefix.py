@@ -87,6 +87,11 @@ def _parts_words(text: str, cut: int) -> bool:
     return bool(_NO_SPACES.match(text[start]))
 
 
+def inside_word(text: str, cut: int) -> bool:
+    """Whether a cut parts two letters or digits of one word; in scripts without spaces none does."""
+    return 0 < cut < len(text) and all(c.isalnum() and not _NO_SPACES.match(c) for c in text[cut - 1 : cut + 1])
+
+
 def split_messages(chosen: list[Message], rejected: list[Message]) -> Pair | None:
     """The shared messages, up to and including the last one that is to be answered, are the prompt.
 

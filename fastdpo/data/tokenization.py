@@ -125,7 +125,7 @@ def _counted(flagged: datasets.Dataset) -> tuple[datasets.Dataset, TokenizationR
     )
     if not report.kept:
         raise PreferenceDataError(
-            f"no pair is left to train on: {report.summary()}; {'; '.join(ADVICE[reason] for reason in reasons)}"
+            f"no pair is left: {report.summary()}; {'; '.join(ADVICE[reason] for reason in reasons)}"
         )
     logger.info("%s", report.summary())
     if report.header_in_completions:
@@ -137,7 +137,7 @@ def _counted(flagged: datasets.Dataset) -> tuple[datasets.Dataset, TokenizationR
     for name, told in (
         ("repeated_prompts", "both answers repeated the messages of the prompt; it was taken once"),
         ("unanswered_turns", "the turns after the last answer were dropped"),
-        ("prompt_in_answers", "both answers begin with the prompt, as others do not; they are kept as they are"),
+        ("prompt_in_answers", "both answers begin with the prompt; they are kept as they are"),
     ):
         if count := getattr(report, name):
             logger.warning("%d pairs: %s", count, told)
@@ -195,12 +195,15 @@ def _row(
     prompt = limits.cut_prompt(tokens.prompt, bos)
     chosen, rejected = (limits.cut_completion(ids, len(prompt)) for ids in (tokens.chosen, tokens.rejected))
     why = ""
+    parts = reading.pair
     if text is None or (not prompt and "without_shared_prompt" in reading.notes):
         why = "no shared prompt"
     elif not prompt:
-        why = "no prompt"
+        why = "template writes no prompt" if parts and parts.prompt else "no prompt"
     elif not (chosen and rejected):
         why = "prompt fills max_length"
+    elif text.chosen == text.rejected and parts and parts.chosen != parts.rejected:
+        why = "template writes both answers alike"
     elif chosen == rejected:
         why = "same answers" if tokens.chosen == tokens.rejected else "same answers once cut"
     kept = not why

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from fastdpo.data import TokenizationReport
+from fastdpo.data import PreferenceDataError, TokenizationReport
 from fastdpo.training.models.limits import ModelLimits
 from fastdpo.training.objectives import Objective
 from fastdpo.training.options import FastDPOConfig
@@ -68,7 +68,10 @@ class Tokenization:
                 "Load it without streaming=True, or materialise a part with Dataset.from_list(list(stream.take(n)))."
             )
         with self.config.main_process_first(desc=f"tokenising the {name} pairs"):
-            tokenised, report = self.objective.tokenize(dataset, self.tokenizer, self.config)
+            try:
+                tokenised, report = self.objective.tokenize(dataset, self.tokenizer, self.config)
+            except PreferenceDataError as error:
+                raise PreferenceDataError(f"{name}_dataset: {error}") from error
         if report is not None:
             self.reports.setdefault(name, report)  # what came from text; a second pass finds nothing to drop
             logger.info("%s pairs: %s", name, report.summary())

@@ -232,7 +232,7 @@ def test_named_trl_reads_transcripts_as_plain_text():
         ({"prompt": "p", "chosen": "c"}, "trl", r"needs \['rejected'\]; columns found: \['chosen', 'prompt'\]"),
         ({"chosen": "c", "rejected": "r"}, "beavertails-helpful", r"needs \['prompt', 'response_0'"),
         ({"chosen": "c", "rejected": "r"}, "hh", r"data_format='hh' is unknown; accepted: auto, hh-rlhf"),
-        ({"chosen": "c", "rejected": "r", "tools": [{}]}, "auto", "'tools' holds what is not supported"),
+        ({"chosen": "c", "rejected": "r", "tools": [{"type": "f"}]}, "auto", "'tools' holds what is not supported"),
         ({"chosen": "c", "rejected": 7}, "auto", "'rejected' must be a string, found int 7"),
         ({"chosen": [user("p"), "c"], "rejected": [user("p")]}, "auto", r"'chosen\[1\]' must be a message"),
         (
@@ -245,6 +245,11 @@ def test_named_trl_reads_transcripts_as_plain_text():
             {"chosen": [{**user("p"), "tool_calls": [1]}], "rejected": [user("p")]},
             "auto",
             r"chosen\[0\] has the keys \['tool_calls'\]",
+        ),
+        (
+            {"chosen": [{**user("p"), "Name": "Ann", "weight": 1}], "rejected": [user("p")]},
+            "auto",
+            r"chosen\[0\] has the keys \['Name'\], which chat templates write",
         ),
         (beavertails(None, True, 0), "beavertails-harmless", "'is_response_0_safe' must be true or false, found null"),
         (beavertails(True, True, 2), "beavertails-helpful", "'better_response_id' must be 0 or 1, found int 2"),

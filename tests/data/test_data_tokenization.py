@@ -250,7 +250,7 @@ def test_drops_are_counted_and_named():
     ],
 )
 def test_nothing_left_is_an_error_with_the_counts(rows, counts):
-    with pytest.raises(ValueError, match=f"no pair is left to train on: {counts};"):
+    with pytest.raises(ValueError, match=f"no pair is left: {counts};"):
         tokenize_preferences(plain(*rows), build())
 
 

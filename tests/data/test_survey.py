@@ -48,7 +48,7 @@ def read(folder: Path, *rows: dict[str, Any], **arguments: Any) -> tuple[dataset
     ("odd", "others", "says"),
     [
         ({**PLAIN, "system": "Be brief."}, PLAIN, r"^\S*t.jsonl, line {odd}: the column 'system' looks like a part"),
-        ({**PLAIN, "History": ["q"]}, PLAIN, r"line {odd}: the column 'History' looks like a part of the prompt"),
+        ({**PLAIN, "History": ["before"]}, PLAIN, r"line {odd}: the column 'History' looks like a part of the prompt"),
         ({**PLAIN, "tools": [{"name": "f"}]}, PLAIN, r"line {odd}: the column 'tools' holds what is not supported"),
         ({**IMPLICIT, "messages": [user("q")]}, IMPLICIT, r"line {odd}: the column 'messages' .*'prompt'; rename it"),
         (PLAIN, IMPLICIT, r"line {odd} has a prompt.*line {other} has answers.*give every row its prompt, or none|"
@@ -102,7 +102,11 @@ def test_columns_that_are_empty_everywhere_count_as_absent(tmp_path, name, empty
         ),
         ({**PLAIN, "chosen": [assistant("y")]}, r"line 1: 'chosen' is a list and 'rejected' is a string; write both"),
         (
-            {"prompt": "q", "chosen": "q yes", "rejected": "q no"},
+            {
+                "prompt": "Which colour has the sea?",
+                "chosen": "Which colour has the sea? Blue",
+                "rejected": "Which colour has the sea? Red",
+            },
             r"in every row both answers begin with the prompt \(\S*t.jsonl, line 1\).*remove the column 'prompt'",
         ),
         (
@@ -114,6 +118,18 @@ def test_columns_that_are_empty_everywhere_count_as_absent(tmp_path, name, empty
 def test_kinds_that_do_not_go_together(tmp_path, row, says):
     with pytest.raises(ValueError, match=says):
         read(tmp_path, row)
+
+
+def test_answers_that_begin_with_a_short_prompt_by_chance(tmp_path):
+    row = {"prompt": "Say hi", "chosen": "Say hi back", "rejected": "Say hi"}
+    dataset, report = read(tmp_path, *[row] * 9)
+    assert (report.prompt_in_answers.count, report.is_plain) == (9, False)
+    assert dataset[8]["chosen"] == "Say hi back"
+    assert tokenize_preferences(datasets.Dataset.from_list([row]), tiny.tokenizer())[1].prompt_in_answers == 1
+    twenty = {"prompt": "q" * 20, "chosen": "q" * 21, "rejected": "q" * 22}  # no accident
+    for rows in ([row] * 10, [row, twenty], [twenty]):
+        with pytest.raises(ValueError, match="in every row both answers begin with the prompt"):
+            read(tmp_path, *rows)
 
 
 def test_every_row_is_accounted_for(tmp_path):

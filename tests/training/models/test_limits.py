@@ -120,6 +120,12 @@ def test_pairs_beyond_what_rotary_positions_were_made_for_are_said_once(
     assert said.startswith("train_dataset: example 'pairs.jsonl:2' has 33 tokens, more than the 32")
 
 
+def test_a_data_set_that_cannot_be_tokenised_is_named(tmp_path: Path) -> None:
+    data = {"train": rows([1]), "hard": Dataset.from_list([{"prompt": "q", "chosen": "a", "rejected": "a"}])}
+    with pytest.raises(ValueError, match=r"^eval_hard_dataset: no pair is left: kept 0 of 1 pairs, dropped identical"):
+        tiny.trainer(tmp_path, data=data["train"], eval_dataset=data)
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     st.lists(st.tuples(*[st.lists(st.integers(0, 99), min_size=1, max_size=5)] * 3), min_size=1, max_size=8),
