@@ -53,7 +53,8 @@ BESIDE: dict[str, dict[str, Any]] = {
     "cpo_alpha": {"loss_type": ["cpo"]}, "bnb_4bit_quant_type": {"load_in_4bit": True},
     "bnb_4bit_use_double_quant": {"load_in_4bit": True}, "bnb_4bit_quant_storage": {"load_in_4bit": True},
     "max_eval_examples": {"eval_split": "test"}, "optim_args": {"optim": "sgd"},
-    "hub_strategy": {"push_to_hub": True}, "hub_always_push": {"push_to_hub": True}, "fp16": {}, "bf16": {"use_cpu": True},
+    "hub_strategy": {"push_to_hub": True}, "hub_always_push": {"push_to_hub": True},
+    "fp16": {}, "bf16": {"use_cpu": True},
     **{name: {"dynamic_beta": True} for name in (
         "beta_alpha", "beta_momentum", "keep_ratio", "min_beta", "beta_scope", "beta_variant")},
 }  # fmt: skip

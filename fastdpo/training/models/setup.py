@@ -24,7 +24,11 @@ logger = logging.getLogger(__name__)
 
 
 def model_name(model: str | os.PathLike[str] | PreTrainedModel) -> str:
-    name = os.fspath(model) if isinstance(model, (str, os.PathLike)) else getattr(getattr(model, "config", None), "_name_or_path", "")
+    name = (
+        os.fspath(model)
+        if isinstance(model, (str, os.PathLike))
+        else getattr(getattr(model, "config", None), "_name_or_path", "")
+    )
     return Path(name).name or "model"
 
 

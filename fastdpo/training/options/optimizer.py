@@ -60,7 +60,8 @@ def check_optimizer_arguments(args: Any) -> None:
         without_effect(args, "optim_args", f"transformers reads none of it {advice}")
     elif unread:
         raise OptionError(
-            f"optim_args={seen(args.optim_args)}: {seen(unread[0])} has no effect: transformers does not read it {advice}"
+            f"optim_args={seen(args.optim_args)}: {seen(unread[0])} has no effect: transformers does not read it "
+            f"{advice}"
         )
     elif isinstance(error := _made_of(args, args.optim_args), Exception):
         raise OptionError(f"optim_args={seen(args.optim_args)} cannot be used with optim={optim!r}: {shown(error)}")
@@ -75,7 +76,9 @@ def _is_read(args: Any, name: str, unset: Any) -> bool:
 def _pair(text: str, part: str) -> tuple[str, str]:
     name, equals, value = part.partition("=")
     if not (name and equals and value) or "=" in value:
-        raise OptionError(f"optim_args={seen(text)}: name=value, several with commas, is needed ({seen(part)} is none).")
+        raise OptionError(
+            f"optim_args={seen(text)}: name=value, several with commas, is needed ({seen(part)} is none)."
+        )
     return name, value
 
 

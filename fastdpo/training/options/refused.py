@@ -26,7 +26,10 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "bf16_full_eval": ((False,), "It would cast the reference too. Load the model in that dtype with `--dtype`."),
     "fp16_full_eval": ((False,), "It would cast the reference too. Load the model in that dtype with `--dtype`."),
     "ddp_bucket_cap_mb": ((None,), _ADAPTER_HELP.format("ddp_bucket_cap_mb", "reduces gradients")),
-    "ddp_find_unused_parameters": ((None, False), _ADAPTER_HELP.format("ddp_find_unused_parameters", "reduces gradients")),
+    "ddp_find_unused_parameters": (
+        (None, False),
+        _ADAPTER_HELP.format("ddp_find_unused_parameters", "reduces gradients"),
+    ),
     "ddp_static_graph": ((None, False), _ADAPTER_HELP.format("ddp_static_graph", "reduces gradients")),
     "deepspeed": ((None,), "Run with plain data parallelism (torchrun, accelerate launch)."),
     "do_predict": ((False,), "Use `trainer.predict(dataset)`."),
@@ -37,8 +40,11 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "label_smoothing_factor": ((0.0,), "It smooths token labels. For noisy preferences set `label_smoothing`."),
     "length_column_name": (("length",), "Batches are not grouped by length; micro-batches are sorted by it."),
     "liger_kernel_config": ((None,), "It patches the loss that this trainer computes itself."),
-    "logging_nan_inf_filter": ((False,), "It would hide a non-finite loss, which stops the run here. It is on in transformers: leave it out of what "
-        "TrainingArguments(...).to_dict() gives, or set it False."),
+    "logging_nan_inf_filter": (
+        (False,),
+        "It would hide a non-finite loss, which stops the run here. It is on in transformers: leave it out of what "
+        "TrainingArguments(...).to_dict() gives, or set it False.",
+    ),
     "neftune_noise_alpha": ((None,), "Noise on the embeddings would differ between the scored and the trained pass."),
     "parallelism_config": ((None,), "Run with plain data parallelism (torchrun, accelerate launch)."),
     "prediction_loss_only": ((False,), "Evaluation always reports the preference metrics."),
@@ -105,9 +111,7 @@ def check_checkpointing_arguments(option: str, settings: Any) -> None:
     for name in settings or ():
         if name not in known:
             near = suggestion(str(name), known)
-            raise OptionError(
-                f"{option}: {seen(name)} is unknown; accepted are {', '.join(sorted(known))}.{near}"
-            )
+            raise OptionError(f"{option}: {seen(name)} is unknown; accepted are {', '.join(sorted(known))}.{near}")
 
 
 def refuse_unsupported_sharing(args: TrainingArguments) -> None:
