@@ -23,6 +23,8 @@ from fastdpo.training.options.kinds import Kind, OptionError, seen, suggestion
 _LARGEST, _DEEPEST = 1 << 20, 20
 _NULL = ("", "~", "null", "Null", "NULL")
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
+#: YAML's own words for what text and Python spell without the point.
+_BEYOND = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _NUMBER = re.compile(r"[-+]?(\d+|(\d+\.?\d*|\.\d+)(e[-+]?\d+)?)", re.IGNORECASE | re.ASCII)
 #: How a message names an option: in front, or as transformers does.
 _NAMED = re.compile(r"(?:^|--|`)(\w+)")
@@ -136,17 +138,23 @@ def _name(key: yaml.Node, place: str, kinds: Mapping[str, Kind]) -> str:
 
 def _value(name: str, node: yaml.Node, kind: Kind, place: str) -> Any:
     if isinstance(node, yaml.ScalarNode):
-        return None if _is_null(node) else str(node.value)
+        return None if _is_null(node) else _text(node, kind)
     if isinstance(node, yaml.SequenceNode):
-        if not kind.many:
+        if not kind.many and list not in kind.also:
             raise OptionError(f"{place}: {name} is a list here: {kind.accepted}, and no list.")
         if wrong := [each for each in node.value if not isinstance(each, yaml.ScalarNode) or _is_null(each)]:
             what = "nothing" if isinstance(wrong[0], yaml.ScalarNode) else "a list or mapping"
             raise OptionError(f"{place}: {name} holds {what} within its list: {kind.accepted}, is needed.")
-        return [str(each.value) for each in node.value]
+        return [_text(each, kind) for each in node.value]
     if kind.base is not dict:
         raise OptionError(f"{place}: {name} is a mapping here: {kind.accepted}, and no mapping.")
     return _plain(node, place)
+
+
+def _text(node: yaml.ScalarNode, kind: Kind) -> str:
+    """As a flag would have it."""
+    text = str(node.value)
+    return text.replace(".", "") if kind.base is float and node.style is None and _BEYOND.fullmatch(text) else text
 
 
 def _is_null(node: yaml.ScalarNode) -> bool:
@@ -175,6 +183,8 @@ def _plain(node: yaml.Node, place: str) -> Any:
         return None
     if text.lower() in (*_TRUE, *_FALSE):
         return text.lower() in _TRUE
+    if _BEYOND.fullmatch(text):
+        return float(text.replace(".", ""))
     if _NUMBER.fullmatch(text) and len(text) < 40:
         return int(text) if text.lstrip("+-").isdigit() else float(text)
     return text

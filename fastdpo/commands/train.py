@@ -51,6 +51,9 @@ def check_together(model: ModelConfig, data: DataConfig, args: FastDPOConfig) ->
     """Refuse or note options of one config that act only beside those of another. Raises OptionError."""
     if model.lora_dropout and args.disable_dropout:
         without_effect(model, "lora_dropout", "disable_dropout=True switches it off; set disable_dropout=False.")
+    for name in ("hub_model_id", "hub_private_repo", "hub_revision") if not args.push_to_hub else ():
+        if is_set(args, name):  # in Python it tells a later trainer.push_to_hub() where to
+            without_effect(args, name, "set push_to_hub=True or drop it.")
     if args.model_init_kwargs:
         without_effect(
             args,
@@ -85,6 +88,7 @@ def run(
             (train_dataset, eval_dataset), reports = load_datasets(data_config)
             with unused_ignored_together(args.ignore_unused_options):
                 _check_template(model_config, [train_dataset, eval_dataset])
+            model_config = effective(model_config)
         for name, report in reports.items() if args.process_index == 0 else ():
             if not report.is_plain:
                 terminal().print(f"{name} rows: {shown(report.summary())}", markup=False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -101,8 +102,8 @@ class FastDPOTrainer(SavingTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
-        ref_model: str | PreTrainedModel | None = None,
+        model: str | os.PathLike[str] | PreTrainedModel,
+        ref_model: str | os.PathLike[str] | PreTrainedModel | None = None,
         args: FastDPOConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,

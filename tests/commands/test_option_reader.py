@@ -7,12 +7,15 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdpo.commands.options import OptionError, make_parser, parse
+from fastdpo.commands.train import check_together
 from fastdpo.demo.run import DemoConfig
 from fastdpo.estimate.options import EstimateConfig
 from fastdpo.training.options import DataConfig, FastDPOConfig, ModelConfig
@@ -123,6 +126,16 @@ LINES = {
          "memory_limit": "4000000000", "lora_target_modules": ["q_proj", "v_proj"], "max_length": None,
          "gradient_checkpointing": "true"},
     ),
+    "lists for what Python takes lists for": (
+        "debug: [underflow_overflow]\nfsdp: []\nreport_to:\npacking: yes\nprefix_sharing: false\nmemory_limit: 4e9\n",
+        {"debug": ["underflow_overflow"], "fsdp": [], "report_to": "none", "packing": "on", "prefix_sharing": "off",
+         "memory_limit_bytes": 4_000_000_000},
+    ),
+    "beyond numbers": ("max_grad_norm: .inf\n", {"max_grad_norm": float("inf")}),
+    "beyond numbers in a mapping": (
+        "lr_scheduler_type: cosine_with_restarts\nlr_scheduler_kwargs: {num_cycles: -.INF, a: '.inf'}\n",
+        {"lr_scheduler_kwargs": {"num_cycles": float("-inf"), "a": ".inf"}},
+    ),
     "a mapping": (
         "lr_scheduler_type: cosine_with_restarts\nlr_scheduler_kwargs: {num_cycles: 2, a: 1e-5, b: '2', c: yes}\n",
         {"lr_scheduler_kwargs": {"num_cycles": 2, "a": 1e-5, "b": "2", "c": True}},
@@ -140,6 +153,7 @@ def test_values_of_a_file(name: str, tmp_path: Path) -> None:
     text, expected = LINES[name]
     configs = from_file(tmp_path / "run.yaml", text)
     found = {each: getattr(config, each) for config in configs for each in kinds_of(type(config))}
+    found["memory_limit_bytes"] = configs[2].memory_limit_bytes
     assert {each: found[each] for each in expected} == expected
     assert all(isinstance(found[each], type(value)) for each, value in expected.items()), "1.0 is 1 for =="
 
@@ -156,7 +170,17 @@ WRONG = {
     "null in a list": ("loss_type: [sigmoid, ]\nloss_weights: [1, null]\n", "line 2: loss_weights holds nothing"),
     "a choice": ("packing: maybe\n", "line 1: packing='maybe' is unknown; accepted are auto, on, off."),
     "out of range": ("max_steps: 1\nlearning_rate: -1\n", "line 2: learning_rate=-1.0: at least 0."),
-    "beyond numbers": ("learning_rate: .nan\n", "line 1: learning_rate='.nan': a finite number"),
+    "beyond numbers": ("learning_rate: .nan\n", "line 1: learning_rate='nan': a finite number"),
+    "beyond numbers, quoted": ("max_grad_norm: '.inf'\n", "line 1: max_grad_norm='.inf': a finite number"),
+    "a list in a list of Python's": ("fsdp: [[a]]\n", "line 1: fsdp holds a list or mapping within its list"),
+    "words of checkpointing": (
+        "beta: 0.1\ngradient_checkpointing_kwargs: {use_reentrent: no}\n",
+        "line 2: gradient_checkpointing_kwargs: 'use_reentrent' is unknown; .* Did you mean use_reentrant",
+    ),
+    "a pattern beside names": (
+        "lora_target_modules: [q_proj, '.*(v|k)_proj']\n",
+        r"line 1: lora_target_modules=.*: a regular expression stands alone, and '\.\*\(v\|k\)_proj' is one",
+    ),
     "by another module": ("beta: -1\n", "line 1: beta=-1.0 must be positive"),
     "optimizer": ("optim: adamw_troch\n", r"Did you mean adamw_torch"),
     "scheduler": ("lr_scheduler_type: cosin\n", r"lr_scheduler_type='cosin' is unknown.*Did you mean cosine"),
@@ -209,6 +233,10 @@ FLAGS = {
     "two values": (["--lora_r", "8", "9"], "'9' must be the first argument"),
     "a flag's value": (["--lora_r", "8.5"], "^lora_r='8.5': a whole number, such as 8, is needed"),
     "what is beyond JSON": (["--lr_scheduler_kwargs", '{"a": NaN}'], "^lr_scheduler_kwargs=.*: a mapping"),
+    "twice": (["--beta", "0.1", "--beta", "0.2"], "^beta is given twice, as '0.1' and as '0.2'. Keep one"),
+    "a list twice": (["--loss_type", "ipo", "--loss-type=sft"], r"^loss_type is given twice, as \['ipo'\] and as"),
+    "a switch twice": (["--no_disable_dropout", "--disable_dropout"], "^disable_dropout is given twice, as False and"),
+    "nobody's repository": (["--hub_model_id", "a/b"], "^hub_model_id='a/b' has no effect here: set push_to_hub=True"),
     "a path for JSON": (["--fsdp_config", "nothing.json"], r"^fsdp_config='nothing.json': JSON, or a file of it"),
 }
 
@@ -217,7 +245,7 @@ FLAGS = {
 def test_flags(name: str) -> None:
     argv, message = FLAGS[name]
     with pytest.raises(OptionError, match=message):
-        parse(PARSER, [*BASE, *argv])
+        parse(PARSER, [*BASE, *argv], check=check_together)
 
 
 def test_flags_come_before_the_file_and_are_not_blamed_on_it(tmp_path: Path) -> None:
@@ -237,6 +265,20 @@ PYTHON: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "a number of tokens": (FastDPOConfig, {"micro_batch_tokens": 640}, "640"),
     "bytes": (FastDPOConfig, {"memory_limit": 4_000_000_000}, "4000000000"),
     "true as text": (FastDPOConfig, {"gradient_checkpointing": True}, "true"),
+    "no trackers": (FastDPOConfig, {"report_to": None}, "none"),
+    "numpy's bool": (FastDPOConfig, {"dynamic_beta": np.bool_(True)}, True),
+    "numpy's bool for a switch": (FastDPOConfig, {"gradient_checkpointing": np.bool_(False)}, "false"),
+    "numpy's int": (ModelConfig, {"lora_r": np.int64(8)}, 8),
+    "a tensor": (FastDPOConfig, {"beta": torch.tensor(0.25)}, 0.25),
+    "an int of a tensor": (FastDPOConfig, {"seed": torch.tensor(3)}, 3),
+    "a tensor's half": (ModelConfig, {"lora_r": torch.tensor(8.5)}, "lora_r=tensor.8.5000.: a whole number"),
+    "a switch": (FastDPOConfig, {"packing": True}, "on"),
+    "a switch in words": (FastDPOConfig, {"prefix_sharing": "No"}, "off"),
+    "bytes as a float": (FastDPOConfig, {"memory_limit": 4e9}, "4000000000"),
+    "half a byte": (FastDPOConfig, {"memory_limit": 1.5}, "memory_limit=1.5: text"),
+    "what means nothing special": (FastDPOConfig, {"ddp_find_unused_parameters": False}, False),
+    "no settings": (FastDPOConfig, {"fsdp_config": {}}, {}),
+    "keep none": (FastDPOConfig, {"save_total_limit": 0}, "save_total_limit=0: at least 1. Leave it out to keep every"),
     "a path": (ModelConfig, {"model_name_or_path": Path("a/b")}, "a/b"),
     "one of a list": (FastDPOConfig, {"loss_type": "ipo"}, ["ipo"]),
     "a tuple": (ModelConfig, {"lora_target_modules": ("a", "b")}, ["a", "b"]),

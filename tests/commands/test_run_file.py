@@ -11,7 +11,9 @@ import tiny
 import torch
 import yaml
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
+from fastdpo import FastDPOTrainer
 from fastdpo.commands.cli import main
 from fastdpo.commands.options import OptionError, make_parser, parse
 from fastdpo.training.options import DataConfig, FastDPOConfig, ModelConfig
@@ -50,7 +52,9 @@ BESIDE: dict[str, dict[str, Any]] = {
     "discopop_tau": {"loss_type": ["discopop"]}, "simpo_gamma": {"loss_type": ["simpo"]},
     "cpo_alpha": {"loss_type": ["cpo"]}, "bnb_4bit_quant_type": {"load_in_4bit": True},
     "bnb_4bit_use_double_quant": {"load_in_4bit": True}, "bnb_4bit_quant_storage": {"load_in_4bit": True},
-    "max_eval_examples": {"eval_split": "test"}, "fp16": {}, "bf16": {"use_cpu": True},
+    "max_eval_examples": {"eval_split": "test"}, "optim_args": {"optim": "sgd"},
+    "hub_strategy": {"push_to_hub": True}, "hub_always_push": {"push_to_hub": True},
+    "fp16": {}, "bf16": {"use_cpu": True},
     **{name: {"dynamic_beta": True} for name in (
         "beta_alpha", "beta_momentum", "keep_ratio", "min_beta", "beta_scope", "beta_variant")},
 }  # fmt: skip
@@ -170,6 +174,33 @@ def test_a_change_of_a_bound_option_is_refused_and_of_a_live_one_recorded(tmp_pa
     trainer.save_run({})
     assert yaml.safe_load((tmp_path / "run.yaml").read_text())["learning_rate"] == 0.25
     assert yaml.safe_load((tmp_path / "resolved.yaml").read_text())["learning_rate"] == 0.25
+
+
+def test_args_of_a_trainer_make_another(tmp_path: Path) -> None:
+    """What is asked for survives that transformers' Trainer is kept from checkpointing and from accumulating."""
+    settings = AcceleratorConfig(use_seedable_sampler=False)
+    first = tiny.trainer(tmp_path, gradient_checkpointing=True, report_to=None, accelerator_config=settings,
+                         per_device_train_batch_size=2, gradient_accumulation_steps=3)  # fmt: skip
+    assert not first.args.gradient_checkpointing, "transformers checkpoints nothing"
+    again = dataclasses.replace(first.args)
+    for name in kinds_of(FastDPOConfig):
+        assert getattr(again, name) == getattr(first.args, name), name
+    tiny.llama().save_pretrained(tmp_path / "model")
+    for model, args in ((tiny.llama(), first.args), (tmp_path / "model", dataclasses.replace(first.args, beta=0.25))):
+        second = FastDPOTrainer(
+            model,
+            args=args,
+            train_dataset=tiny.pairs(16),
+            processing_class=tiny.tokenizer(),
+            peft_config=tiny.lora(),
+        )
+        assert second.args.accelerator_config == settings
+        assert (second.args.beta, second.args.per_device_train_batch_size) == (args.beta, 6)
+        assert second.parts.memory.checkpointing
+    (tmp_path / "run.yaml").write_text(run_yaml(first.options.asked, {}))
+    assert dict(parse(PARSER, [str(tmp_path / "run.yaml")])[2].accelerator_config) == settings.to_dict()
+    (tmp_path / "resolved.yaml").write_text(resolved_yaml(first.options.resolved, {}))
+    assert parse(PARSER, [str(tmp_path / "resolved.yaml")])[2].resolved().debug == []
 
 
 def test_users_files_of_these_names_stay(tmp_path: Path) -> None:

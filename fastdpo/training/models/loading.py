@@ -27,6 +27,7 @@ from fastdpo.data.rendering import set_chat_template
 from fastdpo.shown import listed, shown
 from fastdpo.training.models.files import fault_in, one_line, reading
 from fastdpo.training.options import ModelConfig
+from fastdpo.training.options.model_config import is_pattern
 
 logger = logging.getLogger(__name__)
 
@@ -192,7 +193,7 @@ def lora_config(config: ModelConfig) -> PeftConfig | None:
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=modules[0] if modules == ["all-linear"] else modules,
+        target_modules=modules[0] if modules == ["all-linear"] or is_pattern(modules[0]) else modules,
         modules_to_save=config.lora_modules_to_save,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,

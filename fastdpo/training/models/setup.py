@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,12 @@ from fastdpo.training.options import FastDPOConfig
 logger = logging.getLogger(__name__)
 
 
-def model_name(model: str | PreTrainedModel) -> str:
-    name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+def model_name(model: str | os.PathLike[str] | PreTrainedModel) -> str:
+    name = (
+        os.fspath(model)
+        if isinstance(model, (str, os.PathLike))
+        else getattr(getattr(model, "config", None), "_name_or_path", "")
+    )
     return Path(name).name or "model"
 
 
@@ -40,8 +45,8 @@ def adapter_files(model: PreTrainedModel) -> list[str]:
 
 
 def prepare_models(
-    model: str | PreTrainedModel,
-    ref_model: str | PreTrainedModel | None,
+    model: str | os.PathLike[str] | PreTrainedModel,
+    ref_model: str | os.PathLike[str] | PreTrainedModel | None,
     args: FastDPOConfig,
     quantization: BitsAndBytesConfig | None,
     peft_config: PeftConfig | None,
@@ -64,14 +69,17 @@ def prepare_models(
 
 
 def resolve_model(
-    model: str | PreTrainedModel, args: FastDPOConfig, quantization: BitsAndBytesConfig | None, argument: str
+    model: str | os.PathLike[str] | PreTrainedModel,
+    args: FastDPOConfig,
+    quantization: BitsAndBytesConfig | None,
+    argument: str,
 ) -> PreTrainedModel:
-    if isinstance(model, str):
+    if isinstance(model, (str, os.PathLike)):
         assert not isinstance(args.model_init_kwargs, str)  # parsed by TrainingArguments
         kwargs = dict(args.model_init_kwargs or {})
         if quantization is not None:
             kwargs["quantization_config"] = quantization
-        return load_causal_lm(model, argument=argument, **kwargs)
+        return load_causal_lm(os.fspath(model), argument=argument, **kwargs)
     if quantization is not None and argument == "model":
         raise ValueError(
             "quantization_config acts while a model is loaded, but model is an object. Pass model by name."
@@ -200,6 +208,13 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, model: PreTrainedMo
             )
 
 
+class _Withheld(str):
+    """An option that transformers reads as off, and that says what was asked to whoever builds options from it."""
+
+    def __bool__(self) -> bool:
+        return False
+
+
 def fold_accumulation(args: FastDPOConfig) -> FastDPOConfig:
     """A copy of `args` whose dataloader batch is the whole optimizer batch: transformers accumulates nothing, and
     checkpoints no layers."""
@@ -207,5 +222,6 @@ def fold_accumulation(args: FastDPOConfig) -> FastDPOConfig:
     folded.per_device_train_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
     folded.gradient_accumulation_steps = 1
     # transformers would switch it on at once; here it belongs to the memory plan, which reads `checkpointing`
-    folded.checkpointing, folded.gradient_checkpointing = args.gradient_checkpointing, False  # type: ignore[assignment]
+    folded.checkpointing = args.gradient_checkpointing
+    folded.gradient_checkpointing = _Withheld(args.gradient_checkpointing)
     return folded

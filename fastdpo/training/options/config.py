@@ -16,10 +16,16 @@ from fastdpo.training.options.effects import check_effects
 from fastdpo.training.options.fields import default_of, like, metadata_of, parameter
 from fastdpo.training.options.kinds import OptionError, check_fields, kinds_of, seen
 from fastdpo.training.options.losses import check_losses, loss_options, loss_parameters, make_dynamic_beta
-from fastdpo.training.options.optimizer import OPTIMIZERS, automatic_optimizer, check_optimizer_package
+from fastdpo.training.options.optimizer import (
+    OPTIMIZERS,
+    automatic_optimizer,
+    check_optimizer_arguments,
+    check_optimizer_package,
+)
 from fastdpo.training.options.paths import check_paths
 from fastdpo.training.options.ranges import check_ranges
 from fastdpo.training.options.refused import (
+    check_checkpointing_arguments,
     check_debug,
     read_accelerator_config,
     refuse_optimizer,
@@ -220,6 +226,7 @@ class FastDPOConfig(TrainingArguments):
         self._join_checkpointing()
         check_debug(self.debug)
         self.accelerator_config = read_accelerator_config(self.accelerator_config)  # type: ignore[has-type]
+        self.report_to = "none" if self.report_to is None else self.report_to  # type: ignore[has-type]
         folder: str | None = self.output_dir  # type: ignore[has-type]
         self.output_dir = os.path.expanduser("trainer_output" if folder is None else folder)
 
@@ -250,6 +257,9 @@ class FastDPOConfig(TrainingArguments):
         checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None  # type: ignore[assignment]
         super().__post_init__()
         self.gradient_checkpointing = checkpointing
+        if hasattr(self, "activation_checkpointing"):
+            self.activation_checkpointing = None  # transformers' False would contradict what was asked, when read again
+        check_optimizer_arguments(self)
         self.deterministic_attention |= self.full_determinism
         self.dataloader_pin_memory &= torch.accelerator.is_available()  # there is nothing to pin for
         refuse_unsupported_sharing(self)
@@ -268,6 +278,8 @@ class FastDPOConfig(TrainingArguments):
     def _join_checkpointing(self) -> None:
         """One option out of its two names, gradient_checkpointing and activation_checkpointing, and so its kwargs."""
         old, new = "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"
+        for name in (old, new):
+            check_checkpointing_arguments(name, getattr(self, name, None))
         if hasattr(self, new) and (given := getattr(self, old)) is not None:
             if getattr(self, new) not in (None, given):
                 raise OptionError(f"{old} contradicts {new}; they are one option. Set one of them.")

@@ -32,7 +32,8 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Any, _OnGPU], Any], str], ...] = 
         lambda args, gpu: args.lr_scheduler_type != "constant",
         "set lr_scheduler_type=constant_with_warmup or drop it.",
     ),
-    (("fsdp_config",), lambda args, gpu: args.fsdp, "set fsdp=True or drop it."),
+    (("fsdp_config",), lambda args, gpu: args.fsdp or not args.fsdp_config, "set fsdp=True or drop it."),
+    (("hub_strategy", "hub_always_push"), lambda args, gpu: args.push_to_hub, "set push_to_hub=True or drop it."),
     (
         ("dataloader_persistent_workers",),
         lambda args, gpu: args.dataloader_num_workers,

@@ -21,6 +21,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Union
 
+from transformers.trainer_pt_utils import AcceleratorConfig
+
 from fastdpo.shown import shown
 from fastdpo.training.options.secrets import HIDDEN
 
@@ -42,6 +44,7 @@ _ACCEPTED = {
 #: Options of transformers that its annotations say less of than it takes, and those whose text stands for something
 #: else: name → types beside the annotated ones.
 _ALSO: dict[str, tuple[type, ...]] = {
+    "accelerator_config": (AcceleratorConfig,),  # what the args of a built trainer hold
     "fsdp": (bool, list),
     "debug": (list,),
     "resume_from_checkpoint": (bool,),
@@ -53,8 +56,10 @@ _CHOICES = {"include_num_input_tokens_seen": ("all", "non_padding", "no")}
 _FILES = ("accelerator_config", "fsdp_config", "deepspeed")
 #: Numbers that may be infinite: gradients whose norm is logged and not clipped.
 _UNBOUNDED = ("max_grad_norm",)
-#: Text, of which true and false may be spelled in all ways.
-_SPELLED = ("gradient_checkpointing",)
+#: What an option that is no bool calls true and false: they may be spelled in all ways.
+_SWITCHES = (("true", "false"), ("on", "off"))
+#: Sizes, which Python may give as whole floats such as 4e9.
+_SIZES = ("memory_limit", "head_workspace")
 
 
 class OptionError(ValueError):
@@ -117,10 +122,19 @@ class Kind:
         found = self._one(name, value, value)
         return found if self.single else [found]
 
+    def _switch(self, value: Any) -> Any:
+        """The one of the choices that is true or false, where there is one and `value` spells it otherwise."""
+        for on, off in _SWITCHES:
+            if on in self.choices and off in self.choices and isinstance(value, (str, bool)):
+                plain = str(value).strip().lower()
+                return on if plain in _TRUE else off if plain in _FALSE else value
+        return value
+
     def _says_none(self, text: str) -> bool:
         return self.optional and self.base is not str and text.strip().lower() in _NONE
 
     def _one(self, name: str, value: Any, whole: Any) -> Any:
+        value = self._switch(_item(value))
         if isinstance(value, str) and "\0" in value:
             raise OptionError(f"{name}={seen(value)}: a NUL character is in no name and no path. Take it out.")
         try:
@@ -141,6 +155,11 @@ class Kind:
                 f"{name}={seen(value)} holds {HIDDEN}, which a run writes in the place of a secret. Give the secret."
             )
         return found
+
+
+def _item(value: Any) -> Any:
+    """The number of Python that a scalar of numpy, or a tensor without dimensions, holds."""
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
 
 
 def _bool(name: str, value: Any) -> bool | None:
@@ -169,12 +188,11 @@ def _str(name: str, value: Any) -> str | bool | None:
     if isinstance(value, str) and bool in _ALSO.get(name, ()) and value.lower() in ("true", "false"):
         return value.lower() == "true"
     if isinstance(value, str):  # enums of text among them
-        plain = value.strip().lower() if name in _SPELLED else ""
-        return "true" if plain in _TRUE else "false" if plain in _FALSE else value
+        return value
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if isinstance(value, bool) and name in _SPELLED:
-        return str(value).lower()
+    if isinstance(value, float) and name in _SIZES and value.is_integer():
+        return str(int(value))
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else None
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 from fastdpo.training.options.fields import is_set
-from fastdpo.training.options.kinds import OptionError, check_fields
+from fastdpo.training.options.kinds import OptionError, check_fields, seen
 from fastdpo.training.options.paths import check_paths
 from fastdpo.training.options.ranges import check_ranges
 from fastdpo.training.options.unused import check_conditions, without_effect
@@ -74,7 +75,7 @@ class ModelConfig:
     )
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["all-linear"],
-        metadata={"help": "Names of the modules that get a LoRA, or all-linear."},
+        metadata={"help": "Names of the modules that get a LoRA, one regular expression, or all-linear."},
     )
     lora_modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained in full and saved with the adapter."}
@@ -98,6 +99,12 @@ class ModelConfig:
             raise OptionError(f"lora_r={self.lora_r}: the rank of a LoRA is at least 1; 8 to 64 are usual.")
         if not self.lora_target_modules:
             raise OptionError("lora_target_modules=[]: names of modules, or all-linear. use_lora=False trains all.")
+        patterns = [each for each in self.lora_target_modules if is_pattern(each)]
+        if patterns and len(self.lora_target_modules) > 1:
+            raise OptionError(
+                f"lora_target_modules={seen(self.lora_target_modules)}: a regular expression stands alone, and "
+                f"{seen(patterns[0])} is one. Join them to one, as in '.*(q_proj|v_proj)', or give names only."
+            )
         if self.model_revision is not None and _is_local(self.model_name_or_path):
             without_effect(self, "model_revision", "model_name_or_path is a local folder; drop it.")
 
@@ -142,6 +149,11 @@ class DataConfig:
         evaluates = self.eval_split is not None or self.eval_dataset_name_or_path is not None
         if is_set(self, "max_eval_examples") and not evaluates:
             without_effect(self, "max_eval_examples", "set eval_split or eval_dataset_name_or_path, or drop it.")
+
+
+def is_pattern(module: str) -> bool:
+    """Whether the name of a module is a regular expression: it holds what no name does. peft matches it in full."""
+    return re.escape(module).replace("\\-", "-").replace("\\.", ".") != module
 
 
 def _is_local(name: str | None) -> bool:

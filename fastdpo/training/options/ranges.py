@@ -10,13 +10,15 @@ from fastdpo.training.options.kinds import OptionError
 
 @dataclass(frozen=True)
 class Range:
-    """From `least` on (above it where `open`), up to `most` (below it where `below`); `besides` is accepted too."""
+    """From `least` on (above it where `open`), up to `most` (below it where `below`); `besides` is accepted too.
+    hint: how to say what is not in it, a sentence after a space."""
 
     least: float
     most: float = float("inf")
     open: bool = False
     below: bool = False
     besides: float | None = None
+    hint: str = ""
 
     def holds(self, value: float) -> bool:
         """Whether the number lies in it."""
@@ -38,7 +40,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(
         (
             "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-            "save_total_limit", "torch_empty_cache_steps", "eval_accumulation_steps", "dataset_num_proc",
+            "torch_empty_cache_steps", "eval_accumulation_steps", "dataset_num_proc",
             "dataloader_prefetch_factor", "max_train_examples", "max_eval_examples", "lora_alpha", "pairs_per_step",
             "ddp_timeout",
         ),
@@ -54,6 +56,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("logging_steps", "save_steps", "minutes"), _POSITIVE),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout"), _SHARE),
     **dict.fromkeys(("seed", "data_seed"), _SEED),
+    "save_total_limit": Range(1, hint=" Leave it out to keep every checkpoint, save_strategy=no writes none."),
     "max_steps": Range(0, besides=-1),
 }  # fmt: skip
 
@@ -63,4 +66,4 @@ def check_ranges(config: Any) -> None:
     for name, accepted in RANGES.items():
         value = getattr(config, name, None)
         if isinstance(value, (int, float)) and not accepted.holds(value):
-            raise OptionError(f"{name}={value}: {accepted}.")
+            raise OptionError(f"{name}={value}: {accepted}.{accepted.hint}")

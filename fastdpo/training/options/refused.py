@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+from torch.utils.checkpoint import checkpoint
 from transformers import TrainingArguments
 from transformers.debug_utils import DebugOption
 from transformers.trainer_pt_utils import AcceleratorConfig
@@ -24,8 +26,11 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "bf16_full_eval": ((False,), "It would cast the reference too. Load the model in that dtype with `--dtype`."),
     "fp16_full_eval": ((False,), "It would cast the reference too. Load the model in that dtype with `--dtype`."),
     "ddp_bucket_cap_mb": ((None,), _ADAPTER_HELP.format("ddp_bucket_cap_mb", "reduces gradients")),
-    "ddp_find_unused_parameters": ((None,), _ADAPTER_HELP.format("ddp_find_unused_parameters", "reduces gradients")),
-    "ddp_static_graph": ((None,), _ADAPTER_HELP.format("ddp_static_graph", "reduces gradients")),
+    "ddp_find_unused_parameters": (
+        (None, False),
+        _ADAPTER_HELP.format("ddp_find_unused_parameters", "reduces gradients"),
+    ),
+    "ddp_static_graph": ((None, False), _ADAPTER_HELP.format("ddp_static_graph", "reduces gradients")),
     "deepspeed": ((None,), "Run with plain data parallelism (torchrun, accelerate launch)."),
     "do_predict": ((False,), "Use `trainer.predict(dataset)`."),
     "enable_jit_checkpoint": ((False,), "SIGTERM and SIGINT save a checkpoint already."),
@@ -35,7 +40,11 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "label_smoothing_factor": ((0.0,), "It smooths token labels. For noisy preferences set `label_smoothing`."),
     "length_column_name": (("length",), "Batches are not grouped by length; micro-batches are sorted by it."),
     "liger_kernel_config": ((None,), "It patches the loss that this trainer computes itself."),
-    "logging_nan_inf_filter": ((False,), "It would hide a non-finite loss, which stops the run here."),
+    "logging_nan_inf_filter": (
+        (False,),
+        "It would hide a non-finite loss, which stops the run here. It is on in transformers: leave it out of what "
+        "TrainingArguments(...).to_dict() gives, or set it False.",
+    ),
     "neftune_noise_alpha": ((None,), "Noise on the embeddings would differ between the scored and the trained pass."),
     "parallelism_config": ((None,), "Run with plain data parallelism (torchrun, accelerate launch)."),
     "prediction_loss_only": ((False,), "Evaluation always reports the preference metrics."),
@@ -90,6 +99,19 @@ def check_debug(debug: Any) -> None:
     for word in debug.split() if isinstance(debug, str) else debug or ():
         if word not in known:
             raise OptionError(f"debug={seen(word)} is unknown; accepted are {', '.join(known)}.")
+
+
+def check_checkpointing_arguments(option: str, settings: Any) -> None:
+    """Raise OptionError for a word that torch's checkpointing does not take."""
+    parameters = inspect.signature(checkpoint).parameters.values()
+    # Read by torch from its **kwargs, whose others it gives to the layer
+    known = ["preserve_rng_state"]
+    known += [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD and each.name != "function"]
+    known += [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
+    for name in settings or ():
+        if name not in known:
+            near = suggestion(str(name), known)
+            raise OptionError(f"{option}: {seen(name)} is unknown; accepted are {', '.join(sorted(known))}.{near}")
 
 
 def refuse_unsupported_sharing(args: TrainingArguments) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from accelerate.utils.modeling import convert_file_size_to_int
@@ -15,6 +16,8 @@ from fastdpo.training.options.unused import without_effect
 DEFAULT_MICRO_BATCH_TOKENS = 640
 #: The option `head_workspace` by default.
 HEAD_WORKSPACE = f"{WORKSPACE // 2**20}MiB"
+#: A number of bytes such as 4e9.
+_POWER = re.compile(r"\d+(\.\d+)?E\d{1,2}", re.ASCII)
 #: No memory has as many bytes.
 _LARGEST = 2**63
 
@@ -31,7 +34,10 @@ def bytes_of(name: str, size: str) -> int:
     anything else."""
     text = size.strip().upper()
     try:
-        found = int(text) if text.isdecimal() else int(convert_file_size_to_int(text))
+        if _POWER.fullmatch(text) and float(text).is_integer():
+            found = int(float(text))
+        else:
+            found = int(text) if text.isdecimal() else int(convert_file_size_to_int(text))
     except (ValueError, OverflowError):
         found = -1
     if not 0 <= found < _LARGEST:

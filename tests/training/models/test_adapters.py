@@ -39,6 +39,11 @@ def test_all_linear_in_a_list_is_all_linear_layers_and_the_others() -> None:
                         (["embed_tokens", "All-Linear"], {"embed_tokens": {-1}})):  # fmt: skip
         config = lora_config(ModelConfig(lora_target_modules=names))
         assert adapted(tiny.llama(), config) == expected | more
+    pattern = lora_config(ModelConfig(lora_target_modules=r".*\.0\..*(q|v)_proj"))
+    assert adapted(tiny.llama(), pattern) == {"q_proj": {0}, "v_proj": {0}}
+    # Names are no patterns: a dot is one, and no other character
+    dotted = lora_config(ModelConfig(lora_target_modules=["0.self_attn.q_proj"]))
+    assert adapted(tiny.llama(), dotted) == {"q_proj": {0}}
     # GPT-2 has Conv1D where others have linear layers
     config = tiny.lora(target_modules=["all-linear", "wte"])
     expand_all_linear(families.made("GPT-2"), config)

@@ -56,8 +56,8 @@ OPTIONS = {
     "dynamic β of sft": ({"dynamic_beta": True, "loss_type": ["sft"]}, "dynamic_beta=True has no effect"),
     "no room for completions": ({"max_length": 64, "max_prompt_length": 64}, "leaves no room for a completion"),
     "micro_batch_tokens": ({"micro_batch_tokens": "many"}, "micro_batch_tokens='many': 'auto' or a number"),
-    "prefix sharing": ({"prefix_sharing": "yes"}, "prefix_sharing='yes' is unknown; accepted are auto, on, off"),
-    "packing": ({"packing": "true"}, "packing='true' is unknown; accepted are auto, on, off"),
+    "prefix sharing": ({"prefix_sharing": "some"}, "prefix_sharing='some' is unknown; accepted are auto, on, off"),
+    "packing": ({"packing": "some"}, "packing='some' is unknown; accepted are auto, on, off"),
     "reference": ({"reference": "cached"}, "reference='cached' is unknown; accepted are online, lazy, precompute"),
     "reference folder": (
         {"reference": "online", "reference_cache_dir": "kept"},
@@ -81,6 +81,15 @@ OPTIONS = {
         {"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 2}}},
         "set gradient_accumulation_steps instead of num_steps",
     ),
+    "one of two arguments of an optimizer": (
+        {"optim": "sgd", "optim_args": "momentum=0.9,dampenig=1"},
+        "optim_args=.*: 'dampenig' has no effect: transformers does not read it for optim='sgd'",
+    ),
+    "an argument of an optimizer": (
+        {"optim": "sgd", "optim_args": "momentum=much"},
+        "optim_args='momentum=much' cannot be used with optim='sgd': could not convert",
+    ),
+    "no argument of an optimizer": ({"optim_args": "momentum"}, "optim_args='momentum': name=value, several"),
     "None": ({"beta": None}, "beta=None: a value is needed"),
 }
 

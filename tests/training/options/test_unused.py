@@ -10,7 +10,7 @@ import tiny
 from transformers.integrations import get_available_reporting_integrations
 
 from fastdpo.commands.options import OptionError, make_parser, parse
-from fastdpo.commands.train import check_together
+from fastdpo.commands.train import check_together, run
 from fastdpo.training.options import DataConfig, FastDPOConfig, ModelConfig
 from fastdpo.training.options.best_metric import check_best_metric
 from fastdpo.training.options.fields import is_set
@@ -29,9 +29,12 @@ UNUSED: dict[str, dict[str, Any]] = {
     "fsdp_config": {"fsdp_config": {"version": 2}},
     "greater_is_better": {"greater_is_better": True},
     "head_workspace": {"head_workspace": "1MiB"},
+    "hub_strategy": {"hub_strategy": "end"},
+    "hub_always_push": {"hub_always_push": True},
     "label_smoothing": {"label_smoothing": 0.1, "loss_type": ["ipo"]},
     "logging_steps": {"logging_steps": 3, "logging_strategy": "epoch"},
     "memory_limit": {"memory_limit": "12GB", "micro_batch_tokens": "640"},
+    "optim_args": {"optim_args": "beta1=0.5", "optim": "adafactor"},
     "reference_cache_dir": {"reference_cache_dir": "kept", "reference": "online"},
     "save_steps": {"save_steps": 3, "save_strategy": "epoch"},
     "simpo_gamma": {"simpo_gamma": 1.0},
@@ -81,6 +84,23 @@ def test_one_warning_for_all_configs_of_a_command(tmp_path: Path, caplog: pytest
         "nf4",
     )
     assert (effective(data).dataset_config, args.resolved().simpo_gamma) == (None, 0.5)
+
+
+def test_template_that_is_ignored_is_not_opened(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tiny.llama().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    tiny.pairs(8).to_json(tmp_path / "pairs.jsonl")
+    argv = [
+        "--model_name_or_path", str(tmp_path / "model"), "--dataset_name_or_path", str(tmp_path / "pairs.jsonl"),
+        "--output_dir", str(tmp_path / "out"), "--max_steps", "1", "--use_cpu", "--lora_r", "4",
+        "--disable_tqdm", "true", "--chat_template", str(tmp_path / "nothing.jinja"),
+    ]  # fmt: skip
+    configs = parse(PARSER, argv, check=check_together)
+    with pytest.raises(OptionError, match=r"chat_template=.*nothing\.jinja. has no effect here: the pairs are plain"):
+        run(*configs)
+    run(*parse(PARSER, [*argv, "--ignore_unused_options"], check=check_together))
+    assert len([record for record in caplog.records if "ignore_unused_options" in record.getMessage()]) == 1
+    assert f"chat_template: {tmp_path}/nothing.jinja" in (tmp_path / "out" / "run.yaml").read_text(), "as it was asked"
 
 
 def test_only_options_without_effect_are_ignored() -> None:
