@@ -286,6 +286,10 @@ def frozen(trainer: Any) -> None:
     trainer.model.requires_grad_(False)
 
 
+def malformed(trainer: Any) -> None:
+    trainer.args.optim_args = "foo"  # a config would refuse it
+
+
 STILL: dict[str, tuple[dict[str, Any], Callable[[Any], None] | None, str]] = {
     "no step": ({"max_steps": 0}, None, "max_steps=0 trains nothing"),
     "no epoch": ({"num_train_epochs": 0}, None, "num_train_epochs=0 trains nothing"),
@@ -309,7 +313,7 @@ STILL: dict[str, tuple[dict[str, Any], Callable[[Any], None] | None, str]] = {
         "cannot be made with lr_scheduler_kwargs={'num_cycles': 'a'}",
     ),
     "optimizer with others": (
-        {"optim": "adafactor", "optim_args": "foo"}, None, "optim='adafactor' cannot be made with optim_args='foo'",
+        {"optim": "adafactor"}, malformed, "optim='adafactor' cannot be made with optim_args='foo'",
     ),
     "frozen since": ({}, frozen, "every parameter of the model is frozen"),
 }  # fmt: skip
