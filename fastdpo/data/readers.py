@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 from datasets.exceptions import DatasetGenerationError
 
 from fastdpo.data.canonical import (
@@ -160,12 +161,14 @@ def _read_files(
 
 
 def _root(error: BaseException) -> BaseException:
-    """What `datasets` wraps: ours, and a full disk, as they are; anything else as a PreferenceDataError."""
+    """What `datasets` wraps, as it is; what Arrow cannot hold as a PreferenceDataError."""
     causes = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
-    ours = [each for each in causes if isinstance(each, (PreferenceDataError, OSError, MemoryError))]
-    return ours[-1] if ours else PreferenceDataError(f"the pairs cannot be kept by `datasets`: {cause(causes[-1])}")
+    first = next((each for each in causes if not isinstance(each, DatasetGenerationError)), error)
+    if isinstance(first, pa.ArrowException) and not isinstance(first, (OSError, MemoryError)):
+        return PreferenceDataError(f"the pairs cannot be kept by `datasets`: {cause(first)}")
+    return first
 
 
 def _survey(files: Sequence[SourceFile], max_examples: int | None) -> Survey:

@@ -11,7 +11,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from fastdpo.data import load_preferences
+from fastdpo.data import load_preferences, readers
 from fastdpo.data.raw_rows import iter_rows
 
 PAIRS = [{"prompt": f"p{i}", "chosen": f"c{i}", "rejected": f"r{i}"} for i in range(5)]
@@ -319,3 +319,16 @@ def test_unsupported_suffix(tmp_path):
     for path in (tmp_path / "train.csv", tmp_path):
         with pytest.raises(ValueError, match=r"unsupported suffix.*accepted: \.jsonl, \.json, \.jsonl\.gz"):
             load_preferences(path)
+
+
+def test_what_goes_wrong_within_the_reader_is_no_mistake_of_the_data(tmp_path, monkeypatch):
+    """An error of our own code keeps its type, so that the command calls it a defect; a full disk keeps its cause."""
+    (tmp_path / "t.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    for error in (KeyError("ours"), OSError(28, "No space left on device")):
+
+        def fails(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(readers, "flagged_row", fails)
+        with pytest.raises(type(error), match=str(error.args[-1])):
+            load_preferences(tmp_path / "t.jsonl", cache_dir=tmp_path / "cache")
