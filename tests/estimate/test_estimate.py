@@ -334,6 +334,7 @@ def test_prediction_for_the_demo_is_within_15_percent_of_its_peak(tmp_path: Path
     assert predicted == pytest.approx(measured, rel=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "card", "checkpointing"), [("Llama-3-8B", "12GB", "on"), ("SmolLM2-135M", "8GB", "off")]
 )

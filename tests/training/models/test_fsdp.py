@@ -55,6 +55,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"root": root, "jobs": jobs, "results": results}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", JOBS)
 def test_sharded_run_equals_the_run_in_one_process(name: str, sharded: dict[str, Any], tmp_path: Path) -> None:
     found = sharded["results"][name]
@@ -74,12 +75,14 @@ def test_sharded_run_equals_the_run_in_one_process(name: str, sharded: dict[str,
                 assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-5), key
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_the_straight_one(sharded: dict[str, Any]) -> None:
     straight, again = (sharded["results"][name]["weights"] for name in ("head saved", "resumed"))
     for name, value in straight.items():
         assert torch.equal(value, again[name]), name
 
 
+@pytest.mark.slow
 def test_saved_weights_load_without_fsdp(sharded: dict[str, Any]) -> None:
     saved = sharded["root"]
     loaded = {
