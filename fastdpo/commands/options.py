@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
@@ -167,9 +167,10 @@ def parse(
 def _flags(
     parser: argparse.ArgumentParser, argv: list[str], path: str | None, kinds: Mapping[str, Kind]
 ) -> dict[str, Any]:
-    """Option → text, or list of texts, of the flags that are given."""
+    """Option → text, or list of texts, of the flags that are given. Of one that is given twice the last counts, as
+    scripts that pass on further flags ("$@") expect."""
     absent = object()
-    namespace, rest = parser.parse_known_args(argv, _Once(kinds, absent))
+    namespace, rest = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(kinds, absent)))
     flags = [word for word in rest if word.startswith("--")]
     if flags:
         name = flags[0].partition("=")[0]
@@ -185,20 +186,6 @@ def _flags(
     found = {name: value for name, value in vars(namespace).items() if name in kinds and value is not absent}
     # One word is the value itself, as one of a file is
     return {name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in found.items()}
-
-
-class _Once(argparse.Namespace):
-    """What a parser writes into: each of the options once."""
-
-    def __init__(self, options: Collection[str], absent: object) -> None:
-        super().__init__(**dict.fromkeys(options, absent))
-        vars(self)["_once"] = (frozenset(options), absent)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        options, absent = vars(self).get("_once", ((), None))
-        if name in options and (first := getattr(self, name)) is not absent:
-            raise OptionError(f"{name} is given twice, as {seen(first)} and as {seen(value)}. Keep one of them.")
-        super().__setattr__(name, value)
 
 
 def option_file(argv: list[str]) -> str | None:

@@ -233,9 +233,6 @@ FLAGS = {
     "two values": (["--lora_r", "8", "9"], "'9' must be the first argument"),
     "a flag's value": (["--lora_r", "8.5"], "^lora_r='8.5': a whole number, such as 8, is needed"),
     "what is beyond JSON": (["--lr_scheduler_kwargs", '{"a": NaN}'], "^lr_scheduler_kwargs=.*: a mapping"),
-    "twice": (["--beta", "0.1", "--beta", "0.2"], "^beta is given twice, as '0.1' and as '0.2'. Keep one"),
-    "a list twice": (["--loss_type", "ipo", "--loss-type=sft"], r"^loss_type is given twice, as \['ipo'\] and as"),
-    "a switch twice": (["--no_disable_dropout", "--disable_dropout"], "^disable_dropout is given twice, as False and"),
     "nobody's repository": (["--hub_model_id", "a/b"], "^hub_model_id='a/b' has no effect here: set push_to_hub=True"),
     "a path for JSON": (["--fsdp_config", "nothing.json"], r"^fsdp_config='nothing.json': JSON, or a file of it"),
 }
@@ -246,6 +243,13 @@ def test_flags(name: str) -> None:
     argv, message = FLAGS[name]
     with pytest.raises(OptionError, match=message):
         parse(PARSER, [*BASE, *argv], check=check_together)
+
+
+def test_the_last_of_two_flags_counts() -> None:
+    """As a script that passes on "$@" expects; a list is replaced as a whole."""
+    twice = ["--beta", "0.1", "--loss_type", "ipo", "sft", "--no_disable_dropout"]
+    args = parse(PARSER, [*BASE, *twice, "--beta=0.2", "--loss-type", "hinge", "--disable_dropout"])[2]
+    assert (args.beta, args.loss_type, args.disable_dropout) == (0.2, ["hinge"], True)
 
 
 def test_flags_come_before_the_file_and_are_not_blamed_on_it(tmp_path: Path) -> None:
