@@ -122,3 +122,17 @@ def trainer(folder: Path | str, *, model: Any = None, data: Dataset | None = Non
         train_dataset=pairs(16) if data is None else data,
         **arguments,
     )
+
+
+def conversation(prompt: list[str], chosen: list[str], rejected: list[str]) -> dict[str, list[dict[str, str]]]:
+    """Texts of alternating turns, the first of the prompt a user's."""
+    roles = ["user", "assistant"] * 4
+
+    def turns(texts: list[str], first: int) -> list[dict[str, str]]:
+        return [{"role": r, "content": t} for r, t in zip(roles[first:], texts, strict=False)]
+
+    return {
+        "prompt": turns(prompt, 0),
+        "chosen": turns(chosen, len(prompt)),
+        "rejected": turns(rejected, len(prompt)),
+    }

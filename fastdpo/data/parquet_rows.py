@@ -22,12 +22,17 @@ _BATCH = 1024
 def iter_rows(path: Path, columns: Sequence[str] | None) -> Iterator[RawRow]:
     """Rows with the columns named (None: all). Raises PreferenceDataError with the row."""
     for first, batch in iter_batches(path, columns):
-        yield from rows_of(batch, lambda i, first=first: place(path, first + i))  # type: ignore[misc]
+        yield from rows_of(batch, shifted(functools.partial(place, path), first))
 
 
 def place(path: Path, row: int) -> tuple[int, str]:
     """The position of a row, from 0, and how a message names it."""
     return row, f"{shown(path)}, row {row}"
+
+
+def shifted(place: Callable[[int], tuple[int, str]], start: int) -> Callable[[int], tuple[int, str]]:
+    """`place` for rows that are counted from `start`."""
+    return lambda i: place(start + i)
 
 
 def iter_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[int, pa.RecordBatch]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,10 +82,9 @@ class Survey:
             self.transcript = self.transcript or first
         else:
             self.no_transcript = self.no_transcript or first
-        if prompt and shape == ("string", "string", "string"):
-            assert isinstance(prompt, str)
+        if prompt and isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
             self.prompted += 1
-            if chosen.startswith(prompt) and rejected.startswith(prompt):  # type: ignore[union-attr]
+            if chosen.startswith(prompt) and rejected.startswith(prompt):
                 self.repeated = self.repeated.plus(row.where)
                 self.longest_repeated = max(self.longest_repeated, len(prompt.strip()))
 
@@ -137,7 +137,7 @@ def survey_dataset(dataset: datasets.Dataset, columns: Columns, place: Callable[
     looked_at = columns.of(dataset.column_names) or dataset.column_names[:1]
     for batch in dataset.select_columns(looked_at).with_format("arrow").iter(batch_size=1000):
         start = survey.rows
-        survey_batch(survey, batch, columns, lambda i, start=start: place(start + i))  # type: ignore[misc]
+        survey_batch(survey, batch, columns, parquet_rows.shifted(place, start))
     return survey
 
 
@@ -149,4 +149,4 @@ def survey_parquet(survey: Survey, path: Path, columns: Columns, limit: int | No
         if limit is not None and start >= limit:
             return
         rows = batch if limit is None else batch.slice(0, limit - start)
-        survey_batch(survey, rows, columns, lambda i, start=start: parquet_rows.place(path, start + i))  # type: ignore[misc]
+        survey_batch(survey, rows, columns, parquet_rows.shifted(functools.partial(parquet_rows.place, path), start))

@@ -9,6 +9,7 @@ import logging
 
 import datasets
 import pytest
+import tiny
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -53,20 +54,6 @@ def build(*merges, bos=None, eos="</s>", pad=None, adds_bos=False, template=None
 
 def plain(*rows) -> datasets.Dataset:
     return datasets.Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in rows])
-
-
-def conversation(prompt, chosen, rejected) -> dict:
-    """Texts of alternating turns, the first of the prompt a user's."""
-    roles = ["user", "assistant"] * 4
-
-    def turns(texts, first):
-        return [{"role": r, "content": t} for r, t in zip(roles[first:], texts, strict=False)]
-
-    return {
-        "prompt": turns(prompt, 0),
-        "chosen": turns(chosen, len(prompt)),
-        "rejected": turns(rejected, len(prompt)),
-    }
 
 
 def tokens_of(row, tokenizer) -> tuple[str, str, str]:
@@ -123,7 +110,7 @@ def spelled(text: str) -> str:
 @pytest.mark.parametrize("adds_bos", [False, True])
 def test_chatml_ends_with_its_end_of_turn(adds_bos):
     tokenizer = build(bos="<s>", eos="<|im_end|>", pad="<|im_end|>", adds_bos=adds_bos, template=CHATML)
-    dataset = datasets.Dataset.from_list([conversation(["q"], ["yes"], [""])])
+    dataset = datasets.Dataset.from_list([tiny.conversation(["q"], ["yes"], [""])])
     prompt = f"<|im_start|> {spelled('user')} Ċ q <|im_end|> Ċ <|im_start|> {spelled('assistant')} Ċ"
     # No BOS even from a tokenizer that adds one: the template's text is the whole text.
     assert tokenized(dataset, tokenizer) == ((prompt, "y e s <|im_end|>", "<|im_end|>"), TokenizationReport(1, 1))
@@ -131,25 +118,25 @@ def test_chatml_ends_with_its_end_of_turn(adds_bos):
 
 def test_end_of_turn_that_is_not_eos_ends_the_completion_too():
     tokenizer = build(eos="</s>", template=CHATML)
-    dataset = datasets.Dataset.from_list([conversation(["q"], ["y"], ["n"])])
+    dataset = datasets.Dataset.from_list([tiny.conversation(["q"], ["y"], ["n"])])
     assert tokenized(dataset, tokenizer)[0][1:] == ("y <|im_end|>", "n <|im_end|>")
 
 
 def test_template_with_bos_and_tokenizer_with_bos_give_one():
     tokenizer = build(bos="<s>", adds_bos=True, template=INST)
-    dataset = datasets.Dataset.from_list([conversation(["q"], ["y"], ["n"])])
+    dataset = datasets.Dataset.from_list([tiny.conversation(["q"], ["y"], ["n"])])
     assert tokenized(dataset, tokenizer)[0] == ("<s> [ q ]", "y </s>", "n </s>")
 
 
 def test_template_without_end_mark_gets_eos():
     tokenizer = build(template=BARE)
-    dataset = datasets.Dataset.from_list([conversation(["q"], ["y"], ["n"])])
+    dataset = datasets.Dataset.from_list([tiny.conversation(["q"], ["y"], ["n"])])
     assert tokenized(dataset, tokenizer)[0] == (spelled("user: q\nassistant: "), "y Ċ </s>", "n Ċ </s>")
 
 
 def test_generation_prompt_unlike_the_answer_moves_the_header_to_the_completions(caplog):
     tokenizer = build(eos="<|im_end|>", template=THINKING)
-    dataset = datasets.Dataset.from_list([conversation(["q"], ["y"], ["n"])])
+    dataset = datasets.Dataset.from_list([tiny.conversation(["q"], ["y"], ["n"])])
     header = f"<|im_start|> {spelled('assistant')} Ċ"
     with caplog.at_level(logging.WARNING, logger="fastdpo"):
         (prompt, *completions), report = tokenized(dataset, tokenizer)
@@ -175,7 +162,7 @@ def trained_tokenizer(template) -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize("template", [CHATML, THINKING, BARE, INST])
 def test_ids_decode_to_the_templates_own_text(template):
     tokenizer = trained_tokenizer(template)
-    row = conversation(["the question", "it was", "is it?\n\nso"], ["yes é漢", "why", " the answer\n"], ["no"])
+    row = tiny.conversation(["the question", "it was", "is it?\n\nso"], ["yes é漢", "why", " the answer\n"], ["no"])
     result, _ = tokenize_preferences(datasets.Dataset.from_list([row]), tokenizer)
     for name in ("chosen", "rejected"):
         text = tokenizer.apply_chat_template(row["prompt"] + row[name], tokenize=False)
@@ -206,7 +193,7 @@ def test_truncation_from_the_left_and_the_right():
 
 def test_a_turn_mark_used_as_bos_is_cut_like_other_tokens():
     tokenizer = build(bos="<|im_start|>", eos="<|im_end|>", template=CHATML)
-    dataset = datasets.Dataset.from_list([conversation(["q"], ["y"], ["n"])])
+    dataset = datasets.Dataset.from_list([tiny.conversation(["q"], ["y"], ["n"])])
     (prompt, *_), _ = tokenized(dataset, tokenizer, max_prompt_length=12)
     assert prompt == f"Ċ <|im_start|> {spelled('assistant')} Ċ"
 
@@ -275,7 +262,9 @@ def test_raw_hh_rows_and_loaded_ones_give_the_same_ids(tmp_path, monkeypatch):
 
 
 def test_workers_and_a_changed_template_on_a_cached_dataset(tmp_path):
-    datasets.Dataset.from_list([conversation([f"q{i}"], ["y"], ["n"]) for i in range(4)]).save_to_disk(tmp_path / "d")
+    datasets.Dataset.from_list([tiny.conversation([f"q{i}"], ["y"], ["n"]) for i in range(4)]).save_to_disk(
+        tmp_path / "d"
+    )
     dataset = datasets.load_from_disk(str(tmp_path / "d"))
     chatml, _ = tokenize_preferences(dataset, build(template=CHATML))
     bare, _ = tokenize_preferences(dataset, build(template=BARE))
@@ -344,13 +333,13 @@ def test_limits_without_room(limits, message):
 def test_tokenizers_that_cannot_serve():
     with pytest.raises(ValueError, match=r"no EOS token.*set tokenizer\.eos_token"):
         tokenize_preferences(plain(("p", "x", "y")), build(eos=None))
-    dataset = datasets.Dataset.from_list([conversation(["q"], ["y"], ["n"])])
+    dataset = datasets.Dataset.from_list([tiny.conversation(["q"], ["y"], ["n"])])
     with pytest.raises(ValueError, match=r"no chat template; .*--chat_template.*plain strings"):
         tokenize_preferences(dataset, build())
 
 
 def test_rows_that_the_template_cannot_render_are_named():
-    good, bad = conversation(["q"], ["y"], ["n"]), conversation(["q"], ["y"], ["n"])
+    good, bad = tiny.conversation(["q"], ["y"], ["n"]), tiny.conversation(["q"], ["y"], ["n"])
     bad["prompt"] = bad["prompt"] * 2
     dataset = datasets.Dataset.from_list([good, bad])
     with pytest.raises(ValueError, match=r"example row:1: .*refuses .*\['user', 'user', 'assistant'\].*must alternate"):

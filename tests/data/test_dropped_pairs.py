@@ -9,20 +9,6 @@ import tiny
 from fastdpo.data import TokenizationReport, tokenize_preferences
 
 
-def conversation(prompt, chosen, rejected) -> dict:
-    """Texts of alternating turns, the first of the prompt a user's."""
-    roles = ["user", "assistant"] * 4
-
-    def turns(texts, first):
-        return [{"role": r, "content": t} for r, t in zip(roles[first:], texts, strict=False)]
-
-    return {
-        "prompt": turns(prompt, 0),
-        "chosen": turns(chosen, len(prompt)),
-        "rejected": turns(rejected, len(prompt)),
-    }
-
-
 @pytest.mark.parametrize("num_proc", [None, 2])
 @pytest.mark.parametrize("transcripts", [False, True])
 def test_a_batch_whose_rows_are_all_left_out_is_counted(transcripts, num_proc):
@@ -32,7 +18,7 @@ def test_a_batch_whose_rows_are_all_left_out_is_counted(transcripts, num_proc):
                 "chosen": f"\n\nHuman: {first}\n\nAssistant: y",
                 "rejected": f"\n\nHuman: {second}\n\nAssistant: n",
             }
-        whole = conversation([first], ["y"], []), conversation([second], ["n"], [])
+        whole = tiny.conversation([first], ["y"], []), tiny.conversation([second], ["n"], [])
         return {name: each["prompt"] + each["chosen"] for name, each in zip(("chosen", "rejected"), whole, strict=True)}
 
     good, odd = row("q", "q"), row("a", "b")
@@ -56,11 +42,11 @@ def test_a_batch_whose_rows_are_all_left_out_is_counted(transcripts, num_proc):
     ],
 )
 def test_templates_that_pass_over_the_messages_are_blamed(template, says):
-    dataset = datasets.Dataset.from_list([conversation(["q"], ["y"], ["n"])])
+    dataset = datasets.Dataset.from_list([tiny.conversation(["q"], ["y"], ["n"])])
     made = tiny.tokenizer()
     made.chat_template = template
     with pytest.raises(ValueError, match=says):
         tokenize_preferences(dataset, made)
-    same = datasets.Dataset.from_list([conversation(["q"], ["y"], ["y"])])
+    same = datasets.Dataset.from_list([tiny.conversation(["q"], ["y"], ["y"])])
     with pytest.raises(ValueError, match=r"\(same answers: row:0\); pairs with the same answers"):
         tokenize_preferences(same, tiny.tokenizer())
