@@ -10,8 +10,9 @@ from pathlib import Path
 
 import datasets
 import pytest
+import tiny
 
-from fastdpo.data import load_preferences, readers
+from fastdpo.data import load_preferences, readers, tokenize_preferences
 from fastdpo.data.raw_rows import iter_rows
 
 PAIRS = [{"prompt": f"p{i}", "chosen": f"c{i}", "rejected": f"r{i}"} for i in range(5)]
@@ -332,3 +333,26 @@ def test_what_goes_wrong_within_the_reader_is_no_mistake_of_the_data(tmp_path, m
         monkeypatch.setattr(readers, "flagged_row", fails)
         with pytest.raises(type(error), match=str(error.args[-1])):
             load_preferences(tmp_path / "t.jsonl", cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("odd", [3, 1100])
+def test_rows_are_counted_over_batches_of_arrow(odd, tmp_path):
+    """In parquet and in a Dataset, beyond the 1,000 or so rows that are looked at together."""
+    rows = [{"prompt": f"p{i}", "chosen": "c", "rejected": "r"} for i in range(1200)]
+    pairs = load_preferences(write(tmp_path / "t.parquet", rows), cache_dir=tmp_path / "cache")
+    assert pairs["example_id"] == [f"t.parquet:{i}" for i in range(1200)]
+    rows[odd] = {"prompt": None, "chosen": "c", "rejected": "r"}
+    with pytest.raises(ValueError, match=rf"u\.parquet, row {odd}\b"):
+        load_preferences(write(tmp_path / "u.parquet", rows), cache_dir=tmp_path / "cache")
+    with pytest.raises(ValueError, match=rf"^example row:{odd} has answers"):
+        tokenize_preferences(datasets.Dataset.from_list(rows), tiny.tokenizer())
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_transcripts_beside_a_prompt_are_plain_text(suffix, tmp_path):
+    """Where the column says something in any row; an empty one says nothing, and the rows are HH-RLHF's."""
+    turns = {side: f"\n\nHuman: q\n\nAssistant: {side}" for side in ("chosen", "rejected")}
+    for prompt, conversational in (("", True), ("p", False)):
+        path = write(tmp_path / f"{conversational}.{suffix}", [{"prompt": prompt, **turns}] * 2)
+        found = load_preferences(path, cache_dir=tmp_path / "cache")[1]
+        assert isinstance(found["prompt"], list) is conversational

@@ -151,3 +151,16 @@ def test_any_wrong_id_anywhere(pairs: list[Any], wrong: int | None, rng: random.
         return
     with pytest.raises(ValueError, match=f"example '{row}', {column}: token id {wrong}, "):
         check(shuffled, "train")
+
+
+def test_answers_are_held_against_the_head_and_prompts_are_not() -> None:
+    """A head of 50 rows on an embedding of 100: id 60 can be read, and cannot be predicted."""
+    check = Tokenization(
+        PreferenceObjective(tiny.config("unused")),
+        tiny.tokenizer(),
+        tiny.config("unused"),
+        [ModelLimits("model", 100, 50)],
+    )
+    assert check(rows([60], where="prompt_ids"), "train") is not None
+    with pytest.raises(ValueError, match="rejected_ids: token id 60, but model has the ids 0 to 49"):
+        check(rows([60]), "eval")
