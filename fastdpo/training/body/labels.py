@@ -1,8 +1,8 @@
 """Names of a body's parts, which its fused functions give to a profiler: `with part(LORA): ...`.
 
 A function that dequantises a weight, multiplies by it and adds LoRA's share is one operator to whoever looks from
-outside; with labels around its pieces `benchmarks.profile_step` books each on the part that it belongs to. The innermost
-label counts. `ctx.saved_tensors` is read outside of labels, as reading may recompute a layer.
+outside; with labels around its pieces `benchmarks.profile_step` books each on the part that it belongs to. The
+innermost label counts. `ctx.saved_tensors` is read outside of labels, as reading may recompute a layer.
 """
 
 from __future__ import annotations
