@@ -1,1 +1,6 @@
-"""The lean body: known architectures keep less of their layers' activations, on the instance that is trained."""
+"""A body that holds less: MLPs in tiles of tokens, LoRA in one function with its layer, norms that keep their input."""
+
+from fastdpo.training.body.lean import LeanBody
+from fastdpo.training.body.mlp import Tiles
+
+__all__ = ["LeanBody", "Tiles"]
