@@ -15,6 +15,7 @@ from torch import nn
 from fastdpo.training.body.attention import AttentionKind
 from fastdpo.training.body.norm import NormKind
 
+_PLAIN_ATTENTION, _PLAIN_NORM = AttentionKind(), NormKind()
 _GEMMA_NORM = NormKind(eps="eps", offset=1.0, rounds_first=False)
 _OLMO_NORM = NormKind(rounds_first=False)
 
@@ -29,25 +30,29 @@ class Architecture:
 
     prefix: str
     file: str
-    attention: AttentionKind = AttentionKind()
-    norm: NormKind = NormKind()
+    attention: AttentionKind = _PLAIN_ATTENTION
+    norm: NormKind = _PLAIN_NORM
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
 
     def kind_of(self, module: nn.Module) -> Literal["attention", "mlp", "norm"] | None:
         """What a module is to the architecture, None where it is nothing of it."""
-        if type(module).__module__ != f"transformers.models.{self.file}.modeling_{self.file}":
+        if type(module).__module__ != self.module:
             return None
-        name = type(module).__name__
         kinds: dict[str, Literal["attention", "mlp", "norm"]] = {
             f"{self.prefix}Attention": "attention",
             f"{self.prefix}MLP": "mlp",
             f"{self.prefix}RMSNorm": "norm",
         }
-        return kinds.get(name)
+        return kinds.get(type(module).__name__)
 
-    def layer_class(self) -> str:
-        """Name of its decoder layer's class."""
-        return f"{self.prefix}DecoderLayer"
+    def is_layer(self, module: nn.Module) -> bool:
+        """Whether a module is a decoder layer of the architecture's own."""
+        return type(module).__module__ == self.module and type(module).__name__ == f"{self.prefix}DecoderLayer"
+
+    @property
+    def module(self) -> str:
+        """Where its classes are."""
+        return f"transformers.models.{self.file}.modeling_{self.file}"
 
 
 #: model_type → the architecture.

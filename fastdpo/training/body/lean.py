@@ -4,7 +4,7 @@ What changes is the forward of single modules of this one instance, and only wit
 of a known architecture (`architectures`). A module that cannot be served stays as it is, and `left` says why: LoRA with
 dropout, DoRA, a layer that somebody has replaced. Outside of it the model is what transformers and peft made it.
 
-Checkpointing is transformers' own: its layers call the same forwards once more in the backward, where `mlp` stops early.
+Checkpointing is transformers' own: its layers call the same forwards again in the backward, where `mlp` stops early.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -27,6 +26,8 @@ from fastdpo.training.body.norm import rms_norm
 from fastdpo.training.body.projections import Workspace, is_4bit, obstacle, read, replaced
 from fastdpo.training.models.unwrapped import base_model, model_class
 
+_FOREIGN = "not the architecture's own, or with a forward or hook of somebody else"
+
 
 class LeanBody:
     """The lean forwards of one model.
@@ -36,7 +37,9 @@ class LeanBody:
         tiles: of its MLPs.
 
     Attributes:
-        served: names of the modules that have a lean forward. left: reason → names of those that keep theirs.
+        served: names of the modules that have a lean forward.
+        left: reason → names of those that keep theirs. foreign: names of those that are not the architecture's own.
+        reason: why nothing is served, or "".
     """
 
     def __init__(self, model: PreTrainedModel, tiles: Tiles | None = None) -> None:
@@ -44,6 +47,7 @@ class LeanBody:
         self.workspace = Workspace()
         self.served: list[str] = []
         self.left: dict[str, list[str]] = {}
+        self.foreign: list[str] = []
         self._forwards: list[tuple[nn.Module, Callable[..., Any]]] = []
         self.reason = self._look()
 
@@ -52,32 +56,37 @@ class LeanBody:
         config = base_model(self.model).config.get_text_config()
         architecture = ARCHITECTURES.get(config.model_type)
         if architecture is None:
-            return (
-                f"{model_class(self.model)} is of an architecture that is not known (model_type={config.model_type!r})"
-            )
+            known = ", ".join(ARCHITECTURES)
+            return f"model_type={config.model_type!r} of {model_class(self.model)} is not one of those known: {known}"
         layers = _layers(self.model, config.num_hidden_layers)
-        if layers is None:
+        if not layers:
             return f"the decoder layers of {model_class(self.model)} were not found"
-        for name, layer in layers:
-            if type(layer).__name__ != architecture.layer_class() or "forward" in vars(layer):
-                self.left.setdefault("the layer is not the architecture's own", []).append(name)
-        for name, module, layer in _modules_of(self.model, layers):
-            if layer is not None and type(layer).__name__ != architecture.layer_class():
+        owners: dict[int, nn.Module] = {}
+        for name, layer in layers.items():
+            if not architecture.is_layer(layer) or replaced(layer):
+                self.foreign.append(name)
                 continue
+            owners |= {id(module): layer for module in layer.modules()}
+            self.foreign += [
+                f"{name}.{child}"
+                for child, module in layer.named_children()
+                if architecture.kind_of(module) is None or replaced(module)
+            ]
+        looks = {"attention": self._attention, "mlp": self._mlp, "norm": self._norm}
+        for name, module in self.model.named_modules():
             kind = architecture.kind_of(module)
-            if kind is None:
+            if kind is None or name in self.foreign or (kind != "norm" and id(module) not in owners):
                 continue
-            look = {"attention": self._attention, "mlp": self._mlp, "norm": self._norm}[kind]
-            reason = replaced(module) or look(architecture, module, layer)
-            if reason:
+            if reason := replaced(module) or looks[kind](architecture, module, owners.get(id(module))):
                 self.left.setdefault(reason, []).append(name)
             else:
                 self.served.append(name)
-        return "" if self.served else f"none of its modules can be served: {self.told()}"
+        return "" if self.served else f"none of its modules can be served ({self.told()})"
 
     def told(self) -> str:
-        """What keeps its own forward, and why."""
-        return "; ".join(f"{reason}: {listed(names)}" for reason, names in self.left.items())
+        """What keeps its own forward, and why; "" where nothing does."""
+        others = {_FOREIGN: self.foreign} if self.foreign else {}
+        return "; ".join(f"{listed(names)}: {reason}" for reason, names in (self.left | others).items())
 
     def _attention(self, architecture: Architecture, module: Any, layer: Any) -> str:
         kind = architecture.attention
@@ -111,7 +120,7 @@ class LeanBody:
             return reason
         config = base_model(self.model).config.get_text_config()
         name = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
-        activation = ACTIVATIONS.get(name)
+        activation = ACTIVATIONS.get(str(name))
         if activation is None:
             return f"its activation {name!r} is not served"
 
@@ -153,20 +162,12 @@ class LeanBody:
             self.workspace.clear()
 
 
-def _layers(model: PreTrainedModel, count: int) -> list[tuple[str, nn.Module]] | None:
+def _layers(model: PreTrainedModel, count: int) -> dict[str, nn.Module]:
+    """Name → decoder layer."""
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
-            return [(f"{name}.{i}", layer) for i, layer in enumerate(module)]
-    return None
-
-
-def _modules_of(
-    model: PreTrainedModel, layers: Sequence[tuple[str, nn.Module]]
-) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
-    """All modules with the layer that they are in, None for those in none."""
-    within = {id(module): layer for _, layer in layers for module in layer.modules()}
-    for name, module in model.named_modules():
-        yield name, module, within.get(id(module))
+            return {f"{name}.{i}": layer for i, layer in enumerate(module)}
+    return {}
 
 
 def _alike(modules: Sequence[Any]) -> str:

@@ -1,7 +1,7 @@
 """`project`: frozen linear layers that share an input, with their LoRA, as one autograd function.
 
-Kept for the backward: the input once for all layers, in the dtype that the products take, and x Aᵀ. The weights are read
-again there, and dequantised again where they are 4-bit ones.
+Kept for the backward: the input once for all layers, in the dtype that the products take, and x Aᵀ. The weights are
+read again there, and dequantised again where they are 4-bit ones.
 """
 
 from __future__ import annotations

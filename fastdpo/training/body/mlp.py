@@ -1,7 +1,7 @@
 """A gated MLP in tiles of tokens: down(act(gate(x))·up(x)), with LoRA, forward and backward.
 
-An MLP does not mix tokens, so a slice of them goes all the way before the next one starts, and tensors of the inner width
-I exist for one slice only. What is kept for the backward:
+An MLP does not mix tokens, so a slice of them goes all the way before the next one starts, and tensors of the inner
+width I exist for one slice only. What is kept for the backward:
 
     in a layer that is recomputed     x (N, H) alone. `_Keep` has it before the first product, so the recomputation of
                                       the layer ends there; gate and up are computed once more in the backward, slice
@@ -95,7 +95,7 @@ class Mlp:
         return (_once(found[0]), _once(found[1])) if at_once else found
 
     def inner_pair(self, both: Tensor) -> tuple[list[Tensor | None], Tensor, Tensor]:
-        """A tensor (N, 2·I) as what the layers write, and as gate and up. It is two contiguous halves for two layers."""
+        """A tensor (N, 2·I) as what the layers write, and as gate and up: for two layers its memory is in two halves."""
         if len(self.gate_up.projections) == 1:
             return [both], both[:, : self.inner], both[:, self.inner :]
         gate, up = both.view(2, -1, self.inner).unbind(0)

@@ -3,8 +3,8 @@
     r = (mean(x²) + ε)^(−1/2),   y = w·(x r)            w stands for 1 + w in Gemma's form
     dx = r·(w dy) − x·r³·mean(x·(w dy))
 
-In float32 whatever the input's dtype is, so its copies exist for one slice. Where the product with w is rounded differs:
-LLaMA's modules round x r first and multiply in the input's dtype, Gemma's and OLMo 2's multiply in float32.
+In float32 whatever the input's dtype is, so its copies exist for one slice. Where the product with w is rounded
+differs: LLaMA's modules round x r first and multiply in the input's dtype, Gemma's and OLMo 2's multiply in float32.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SLICE = 2**20
 
 @dataclass(frozen=True)
 class NormKind:
-    """eps: the attribute that holds ε. offset: added to the weight. rounds_first: x r is rounded before w is applied."""
+    """eps: the attribute of ε. offset: added to the weight. rounds_first: x r is rounded before w is applied."""
 
     eps: str = "variance_epsilon"
     offset: float = 0.0

@@ -3,11 +3,11 @@
     forward     y_j = x W_jᵀ + b_j + s (x A_jᵀ) B_jᵀ      one product x Aᵀ for the A of all layers, one below another
     backward    u_j = s dy_j B_j,   dA = uᵀ x,   dB_j = s dy_jᵀ (x A_jᵀ),   dx = Σ_j dy_j W_j + u A,   db_j = Σ dy_j
 
-On rows of an input, so that a caller may go slice by slice: gradients of what is trained add up in `Gradients`. Kept for
-the backward: x, and x Aᵀ (N, ΣR). Nothing here knows of autograd.
+On rows of an input, so that a caller may go slice by slice: gradients of what is trained add up in `Gradients`. Kept
+for the backward: x, and x Aᵀ (N, ΣR). Nothing here knows of autograd.
 
-LoRA by way of the weight: a float32 weight that was dequantised may take s·B·A before it is used, an O × I pass where the
-products' own results would take N × O and N × I ones; `merges` says when. In 16 bits that would round the LoRA away.
+LoRA by way of the weight: a float32 weight that was dequantised may take s·B·A before it is used, an O × I pass where
+the products' own results would take N × O and N × I ones; `merges` says when. In 16 bits that would round it away.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ class Products:
 
     Attributes:
         dtype: of the frozen products. lora_dtype: of LoRA's. out_dtype: of the results.
-        trained: the tensors that may want a gradient, in the order of `Gradients`: b, and A and B of each adapter, layer
-            by layer.
+        trained: the tensors that may want a gradient: layer by layer b, and A and B of each adapter.
     """
 
     def __init__(self, projections: Sequence[Projection], x_dtype: torch.dtype, autocast: torch.dtype | None) -> None:
@@ -139,8 +138,9 @@ class Products:
         merged: bool,
         dx: Tensor | None,
     ) -> None:
-        """Adds to `gradients` what rows x (N, I) leave, and writes dx (N, I), None where nobody asks for it. x and xa are
-        read for LoRA only.
+        """Adds to `gradients` what rows x (N, I) leave, and writes dx (N, I), None where nobody asks for it.
+
+        x and xa are read for LoRA only.
 
         grads: dy (N, O) of each layer, in `dtype`; None where nothing came.
         """
