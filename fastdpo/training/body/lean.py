@@ -34,7 +34,7 @@ class LeanBody:
 
     Args:
         model: a causal LM, with or without adapters.
-        tiles: of its MLPs.
+        tiles: of its MLPs. keeps_weights: see `Workspace`.
 
     Attributes:
         served: names of the modules that have a lean forward.
@@ -42,9 +42,9 @@ class LeanBody:
         reason: why nothing is served, or "".
     """
 
-    def __init__(self, model: PreTrainedModel, tiles: Tiles | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, tiles: Tiles | None = None, *, keeps_weights: bool = False) -> None:
         self.model, self.tiles = model, tiles or Tiles()
-        self.workspace = Workspace()
+        self.workspace = Workspace(keeps=keeps_weights)
         self.served: list[str] = []
         self.left: dict[str, list[str]] = {}
         self.foreign: list[str] = []

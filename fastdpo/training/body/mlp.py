@@ -95,7 +95,7 @@ class Mlp:
         return (_once(found[0]), _once(found[1])) if at_once else found
 
     def inner_pair(self, both: Tensor) -> tuple[list[Tensor | None], Tensor, Tensor]:
-        """A tensor (N, 2·I) as what the layers write, and as gate and up: for two layers its memory is in two halves."""
+        """A tensor (N, 2·I) as what the layers write, and as gate and up: for two layers in two halves of memory."""
         if len(self.gate_up.projections) == 1:
             return [both], both[:, : self.inner], both[:, self.inner :]
         gate, up = both.view(2, -1, self.inner).unbind(0)
