@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastdpo.training.body.linear import project
 from fastdpo.training.body.norm import NormKind, rms_norm
-from fastdpo.training.body.projections import Workspace, read
+from fastdpo.training.body.projections import read
 from fastdpo.training.body.rotary import rotate
 
 
@@ -40,7 +40,6 @@ def attention_forward(
     module: Any,
     kind: AttentionKind,
     norm: NormKind,
-    workspace: Workspace,
     eager: Callable[..., Any],
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
@@ -49,7 +48,7 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """hidden_states (R, T, H) → (R, T, H), and the attention weights where the function returns them."""
     shape = (*hidden_states.shape[:-1], -1, module.head_dim)
-    query, key, value = _projected(module, kind, workspace, hidden_states)
+    query, key, value = _projected(module, kind, hidden_states)
     if kind.norms == "all":
         query, key = rms_norm(query, module.q_norm, norm), rms_norm(key, module.k_norm, norm)
     query, key, value = (each.view(shape) for each in (query, key, value))
@@ -71,16 +70,16 @@ def attention_forward(
     query, key, value = (each.transpose(1, 2) for each in (query, key, value))
     output, weights = attend(module, query, key, value, attention_mask, **options, **kwargs)
     del query, key, value
-    (found,) = project(output.reshape(*shape[:2], -1), [read(module.o_proj)], workspace)
+    (found,) = project(output.reshape(*shape[:2], -1), [read(module.o_proj)])
     return found, weights
 
 
-def _projected(module: Any, kind: AttentionKind, workspace: Workspace, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _projected(module: Any, kind: AttentionKind, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values (R, T, heads·D)."""
     if not kind.fused:
-        query, key, value = project(x, [read(each) for each in qkv_modules(module, kind)], workspace)
+        query, key, value = project(x, [read(each) for each in qkv_modules(module, kind)])
         return query, key, value
-    (found,) = project(x, [read(module.qkv_proj)], workspace)
+    (found,) = project(x, [read(module.qkv_proj)])
     shared = module.config.num_key_value_heads * module.head_dim
     query, key, value = found.split([found.shape[-1] - 2 * shared, shared, shared], -1)
     return query, key, value

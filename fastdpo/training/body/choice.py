@@ -71,7 +71,7 @@ class BodyChoice:
             self._refuse("FSDP gathers a layer's weights for the layer's own calls, and lean functions read them later")
             return
         for model in models:
-            body = LeanBody(model, tiles, keeps_weights=args.device.type == "cpu")
+            body = LeanBody(model, tiles)
             if body.reason or (body.foreign and args.lean_body == "on"):
                 self._refuse(body.reason or body.told())
             else:

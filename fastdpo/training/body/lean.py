@@ -23,7 +23,7 @@ from fastdpo.training.body.architectures import ARCHITECTURES, Architecture, eag
 from fastdpo.training.body.attention import attention_forward, qkv_modules
 from fastdpo.training.body.mlp import Tiles, gated_mlp
 from fastdpo.training.body.norm import rms_norm
-from fastdpo.training.body.projections import Workspace, is_4bit, obstacle, read, replaced
+from fastdpo.training.body.projections import is_4bit, obstacle, read, replaced
 from fastdpo.training.models.unwrapped import base_model, model_class
 
 _FOREIGN = "not the architecture's own, or with a forward or hook of somebody else"
@@ -34,7 +34,7 @@ class LeanBody:
 
     Args:
         model: a causal LM, with or without adapters.
-        tiles: of its MLPs. keeps_weights: see `Workspace`.
+        tiles: of its MLPs.
 
     Attributes:
         served: names of the modules that have a lean forward.
@@ -42,9 +42,8 @@ class LeanBody:
         reason: why nothing is served, or "".
     """
 
-    def __init__(self, model: PreTrainedModel, tiles: Tiles | None = None, *, keeps_weights: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, tiles: Tiles | None = None) -> None:
         self.model, self.tiles = model, tiles or Tiles()
-        self.workspace = Workspace(keeps=keeps_weights)
         self.served: list[str] = []
         self.left: dict[str, list[str]] = {}
         self.foreign: list[str] = []
@@ -107,7 +106,7 @@ class LeanBody:
             if past_key_values is not None:
                 raise RuntimeError("a lean body keeps no cache of keys and values: generate outside of training.")
             return attention_forward(
-                module, kind, architecture.norm, self.workspace, eager_of(module),
+                module, kind, architecture.norm, eager_of(module),
                 hidden_states, position_embeddings, attention_mask, kwargs,
             )  # fmt: skip
 
@@ -130,7 +129,7 @@ class LeanBody:
             recomputed = bool(getattr(layer, "gradient_checkpointing", False)) and layer.training
             return gated_mlp(
                 given, [read(each) for each in gate_up], read(module.down_proj), activation, self.tiles,
-                self.workspace, recomputed=recomputed,
+                recomputed=recomputed,
             )  # fmt: skip
 
         self._forwards.append((module, forward))
@@ -159,7 +158,6 @@ class LeanBody:
         finally:
             for module in changed:
                 del vars(module)["forward"]
-            self.workspace.clear()
 
 
 def _layers(model: PreTrainedModel, count: int) -> dict[str, nn.Module]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastdpo.training.body.products import Gradients, Products
-from fastdpo.training.body.projections import Projection, Workspace
+from fastdpo.training.body.projections import Projection
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -22,23 +22,23 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
-def project(x: Tensor, projections: Sequence[Projection], workspace: Workspace) -> tuple[Tensor, ...]:
+def project(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
     """x (..., I) → (..., O) of each layer, with the results and gradients of peft's modules."""
     products = Products(projections, x.dtype, autocast_dtype(x.device))
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *products.trained))
-    found: tuple[Tensor, ...] = _Project.apply(x, products, workspace, keep, *products.trained)
+    found: tuple[Tensor, ...] = _Project.apply(x, products, keep, *products.trained)
     return found
 
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, products: Products, workspace: Workspace, keep: bool, *trained: Tensor) -> Any:
+    def forward(ctx: Any, x: Tensor, products: Products, keep: bool, *trained: Tensor) -> Any:
         rows = x.detach().flatten(0, -2).to(products.dtype)
         merged = products.merges(len(rows))
         with torch.autocast(x.device.type, enabled=False):
-            weights = products.weights(workspace, [0] * len(products.projections), merged=merged)
+            weights = products.weights(merged=merged)
             results, xa = products.forward(rows, weights, merged=merged, keep=keep)
-        ctx.products, ctx.workspace, ctx.shape, ctx.dtype = products, workspace, x.shape, x.dtype
+        ctx.products, ctx.shape, ctx.dtype = products, x.shape, x.dtype
         if keep:
             # The input itself where nothing was converted: what else keeps it keeps the same memory
             kept = rows if rows.dtype != x.dtype else x
@@ -49,7 +49,7 @@ class _Project(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         products: Products = ctx.products
-        needs_x, wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+        needs_x, wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
         kept, xa = ctx.saved_tensors or (None, None)
         given = [None if dy is None else dy.flatten(0, -2).to(products.dtype) for dy in grads]
         rows = next(len(dy) for dy in given if dy is not None)
@@ -59,7 +59,7 @@ class _Project(torch.autograd.Function):
             dx = torch.empty((rows, ctx.shape[-1]), dtype=products.dtype, device=device) if needs_x else None
             x = None if kept is None else kept.flatten(0, -2)
             gradients = Gradients(products, wanted)
-            weights = products.weights(ctx.workspace, [0] * len(products.projections), merged=merged)
+            weights = products.weights(merged=merged)
             products.backward(x, given, xa, weights, gradients, merged=merged, dx=dx)
         found = None if dx is None else dx.to(ctx.dtype).view(ctx.shape)
-        return found, None, None, None, *gradients.listed()
+        return found, None, None, *gradients.listed()

@@ -26,7 +26,7 @@ from fastdpo.training.body.activation import Activation
 from fastdpo.training.body.labels import ACTIVATION, part
 from fastdpo.training.body.linear import autocast_dtype
 from fastdpo.training.body.products import Gradients, Products, Weights
-from fastdpo.training.body.projections import Projection, Workspace
+from fastdpo.training.body.projections import Projection
 
 #: Tensors of the inner width that a slice has in the backward: gate, up, act(gate), act(gate)·up, its gradient.
 INNER_TENSORS = 5
@@ -60,7 +60,6 @@ class Mlp:
     down: Products
     activation: Activation
     tiles: Tiles
-    workspace: Workspace
     merged: tuple[bool, bool]
 
     @property
@@ -85,14 +84,8 @@ class Mlp:
 
     def weights(self) -> tuple[Weights, Weights]:
         """Of gate and up, and of down; made once where they may be held together."""
-        layers = len(self.gate_up.projections)
-        at_once = self.tiles.weights_at_once
-        places = list(range(layers + 1)) if at_once else [0] * (layers + 1)
-        found = (
-            self.gate_up.weights(self.workspace, places[:layers], merged=self.merged[0]),
-            self.down.weights(self.workspace, places[layers:], merged=self.merged[1]),
-        )
-        return (_once(found[0]), _once(found[1])) if at_once else found
+        found = self.gate_up.weights(merged=self.merged[0]), self.down.weights(merged=self.merged[1])
+        return (_once(found[0]), _once(found[1])) if self.tiles.weights_at_once else found
 
     def inner_pair(self, both: Tensor) -> tuple[list[Tensor | None], Tensor, Tensor]:
         """A tensor (N, 2·I) as what the layers write, and as gate and up: for two layers in two halves of memory."""
@@ -119,7 +112,6 @@ def gated_mlp(
     down: Projection,
     activation: Activation,
     tiles: Tiles,
-    workspace: Workspace,
     *,
     recomputed: bool,
 ) -> Tensor:
@@ -128,7 +120,7 @@ def gated_mlp(
     first = Products(gate_up, x.dtype, autocast)
     second = Products([down], first.out_dtype, autocast)
     rows = x.numel() // x.shape[-1]
-    mlp = Mlp(first, second, activation, tiles, workspace, (first.merges(rows), second.merges(rows)))
+    mlp = Mlp(first, second, activation, tiles, (first.merges(rows), second.merges(rows)))
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *mlp.trained))
     if keep and recomputed:
         y: Tensor = _Products.apply(_Keep.apply(x, mlp, *mlp.trained), mlp)

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from fastdpo.training.body.labels import BODY, LORA, part
-from fastdpo.training.body.projections import Projection, Workspace, is_4bit
+from fastdpo.training.body.projections import Projection, is_4bit, weight_of
 
-#: Place in a workspace → the weight of the j-th layer.
+#: The weight of the j-th layer.
 Weights = Callable[[int], Tensor]
 
 
@@ -73,11 +73,11 @@ class Products:
         inputs = first.in_features
         return served and self.a is not None and rows * (outputs + inputs) >= 2 * outputs * inputs
 
-    def weights(self, workspace: Workspace, places: Sequence[int], *, merged: bool) -> Weights:
-        """The weight of each layer (O, I), made at every call in the layer's place of `workspace`."""
+    def weights(self, *, merged: bool) -> Weights:
+        """The weight of each layer (O, I), made anew at every call where it is not kept in `dtype`."""
 
         def weight(j: int) -> Tensor:
-            found = workspace.weight(self.projections[j].layer, self.dtype, places[j])
+            found = weight_of(self.projections[j].layer, self.dtype)
             b = self.b[j]
             if merged and b is not None:
                 with part(LORA):

@@ -2,13 +2,12 @@
 
     y = x Wᵀ + b + Σ_i s_i (x A_iᵀ) B_iᵀ        x (N, I), W (O, I), A (R, I), B (O, R)
 
-W is read from the layer at every use, and a 4-bit weight is dequantised by `Workspace`. Which adapters act is asked at
+W is read from the layer at every use; a 4-bit weight is dequantised for it (`weight_of`). Which adapters act is asked at
 every call, as peft switches them off for the reference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,43 +125,18 @@ def replaced(module: nn.Module) -> str:
     return ""
 
 
-class Workspace:
-    """Weights in the dtype of their products, dequantised or converted.
+def weight_of(layer: Any, dtype: torch.dtype) -> Tensor:
+    """The weight (O, I) of a layer in `dtype`: itself where it is that already, else made anew.
 
-    keeps: rooms are kept and taken again by the next weight: on a CPU, where fresh memory costs page faults. On a GPU
-    the caching allocator does that, and what no function needs can serve others meanwhile.
+    Not into a buffer of ours: a caching allocator hands out the same block again, and what no function needs can serve
+    others meanwhile; and bitsandbytes has no dequantisation into a tensor for CPUs.
     """
+    weight = layer.weight.detach()
+    if not is_4bit(layer):
+        converted: Tensor = weight.to(dtype)
+        return converted
+    from bitsandbytes.functional import dequantize_4bit
 
-    def __init__(self, *, keeps: bool) -> None:
-        self.keeps = keeps
-        self._rooms: dict[tuple[int, torch.dtype], Tensor] = {}
-
-    def _room(self, place: int, shape: Iterable[int], dtype: torch.dtype, like: Tensor) -> Tensor:
-        """An uninitialised tensor; in the room `place`, whose last one is gone then, where rooms are kept."""
-        size = torch.Size(shape)
-        if not self.keeps:
-            return torch.empty(size, dtype=dtype, device=like.device)
-        key = (place, dtype)
-        if key not in self._rooms or self._rooms[key].numel() < size.numel():
-            self._rooms.pop(key, None)  # before the larger one is made
-            self._rooms[key] = torch.empty(size.numel(), dtype=dtype, device=like.device)
-        return self._rooms[key][: size.numel()].view(size)
-
-    def weight(self, layer: Any, dtype: torch.dtype, place: int = 0) -> Tensor:
-        """The weight (O, I) of a layer in `dtype`: itself where it is that already, else made anew."""
-        weight = layer.weight.detach()
-        if not is_4bit(layer):
-            return weight if weight.dtype == dtype else self._room(place, weight.shape, dtype, weight).copy_(weight)
-        from bitsandbytes.functional import dequantize_4bit
-
-        state, packed = layer.weight.quant_state, weight.view(-1, 1)
-        with part(NF4):
-            # Into a tensor only where it is kept: what bitsandbytes says of that to fake tensors is wrong
-            found: Tensor = dequantize_4bit(
-                packed, state, out=self._room(place, state.shape, state.dtype, weight) if self.keeps else None
-            )
-            return found.to(dtype)
-
-    def clear(self) -> None:
-        """Give the rooms back."""
-        self._rooms.clear()
+    with part(NF4):
+        found: Tensor = dequantize_4bit(weight.view(-1, 1), layer.weight.quant_state).to(dtype)
+    return found
