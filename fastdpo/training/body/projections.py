@@ -2,7 +2,7 @@
 
     y = x Wᵀ + b + Σ_i s_i (x A_iᵀ) B_iᵀ        x (N, I), W (O, I), A (R, I), B (O, R)
 
-W is read from the layer at every use; a 4-bit weight is dequantised for it (`weight_of`). Which adapters act is asked at
+W is read from the layer at every use, where a 4-bit weight is dequantised (`weight_of`). Which adapters act is asked at
 every call, as peft switches them off for the reference.
 """
 
