@@ -60,7 +60,6 @@ class BodyChoice:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         *,
         sharded: bool = False,
-        tiles: Tiles | None = None,
     ) -> None:
         self.args, self.scorer, self.ranks, self.autocast = args, scorer, ranks, autocast
         self.bodies: list[LeanBody] = []
@@ -70,6 +69,7 @@ class BodyChoice:
         if sharded:
             self._refuse("FSDP gathers a layer's weights for the layer's own calls, and lean functions read them later")
             return
+        tiles = Tiles.on_cpu() if args.device.type == "cpu" else Tiles.on_gpu(_memory(args))
         for model in models:
             body = LeanBody(model, tiles)
             if body.reason or (body.foreign and args.lean_body == "on"):
@@ -163,6 +163,12 @@ class BodyChoice:
                 return torch.get_autocast_dtype(self.args.device.type)
         found: torch.dtype = weight.dtype
         return found
+
+
+def _memory(args: FastDPOConfig) -> int:
+    """Bytes that the run may take on its GPU. Not what is free just now: a resumed run cuts as the first one did."""
+    total = torch.cuda.get_device_properties(args.device).total_memory
+    return min(args.memory_limit_bytes or total, total)
 
 
 def _short(batch: TokenBatch) -> TokenBatch:

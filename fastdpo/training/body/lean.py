@@ -42,8 +42,8 @@ class LeanBody:
         reason: why nothing is served, or "".
     """
 
-    def __init__(self, model: PreTrainedModel, tiles: Tiles | None = None) -> None:
-        self.model, self.tiles = model, tiles or Tiles()
+    def __init__(self, model: PreTrainedModel, tiles: Tiles) -> None:
+        self.model, self.tiles = model, tiles
         self.served: list[str] = []
         self.left: dict[str, list[str]] = {}
         self.foreign: list[str] = []

@@ -28,6 +28,8 @@ from fastdpo.training.body.linear import autocast_dtype
 from fastdpo.training.body.products import Gradients, Products, Weights
 from fastdpo.training.body.projections import Projection
 
+#: Bytes of a card below which its weights are dequantised one at a time.
+SMALL_MEMORY = 10 * 10**9
 #: Tensors of the inner width that a slice has in the backward: gate, up, act(gate), act(gate)·up, its gradient.
 INNER_TENSORS = 5
 
@@ -40,9 +42,21 @@ class Tiles:
     weights_at_once: whether the weights of an MLP are dequantised together, not one after the other.
     """
 
-    bytes: int = 128 * 2**20
+    bytes: int
     least: int = 256
     weights_at_once: bool = True
+
+    @classmethod
+    def on_cpu(cls) -> Tiles:
+        """A slice stays near the caches; a few MiB of weights are nothing."""
+        return cls(16 * 2**20)
+
+    @classmethod
+    def on_gpu(cls, memory: int) -> Tiles:
+        """Of a card that may take `memory` bytes: about a thousand tokens of a 7B model. On the smallest cards half of
+        that, and one weight at a time: three of a 7B model are 0.35 GB."""
+        small = memory < SMALL_MEMORY
+        return cls((64 if small else 128) * 2**20, weights_at_once=not small)
 
     def rows(self, inner: int, itemsize: int) -> int:
         """Tokens of a slice, a multiple of 64."""
