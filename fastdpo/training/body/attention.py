@@ -44,6 +44,7 @@ def attention_forward(
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None,
+    past_key_values: Any,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     """hidden_states (R, T, H) → (R, T, H), and the attention weights where the function returns them."""
@@ -68,6 +69,8 @@ def attention_forward(
         options["softcap"] = module.attn_logit_softcapping
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
     query, key, value = (each.transpose(1, 2) for each in (query, key, value))
+    if past_key_values is not None:
+        key, value = past_key_values.update(key, value, module.layer_idx)
     output, weights = attend(module, query, key, value, attention_mask, **options, **kwargs)
     del query, key, value
     (found,) = project(output.reshape(*shape[:2], -1), [read(module.o_proj)])

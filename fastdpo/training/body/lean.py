@@ -69,7 +69,7 @@ class LeanBody:
             self.foreign += [
                 f"{name}.{child}"
                 for child, module in layer.named_children()
-                if architecture.kind_of(module) is None or replaced(module)
+                if (architecture.kind_of(module) is None and not isinstance(module, nn.Dropout)) or replaced(module)
             ]
         looks = {"attention": self._attention, "mlp": self._mlp, "norm": self._norm}
         for name, module in self.model.named_modules():
@@ -103,11 +103,9 @@ class LeanBody:
             past_key_values: Any = None,
             **kwargs: Any,
         ) -> tuple[Tensor, Tensor | None]:
-            if past_key_values is not None:
-                raise RuntimeError("a lean body keeps no cache of keys and values: generate outside of training.")
             return attention_forward(
                 module, kind, architecture.norm, eager_of(module),
-                hidden_states, position_embeddings, attention_mask, kwargs,
+                hidden_states, position_embeddings, attention_mask, past_key_values, kwargs,
             )  # fmt: skip
 
         self._forwards.append((module, forward))
