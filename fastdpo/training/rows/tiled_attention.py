@@ -9,15 +9,15 @@ lse. Backward, ∂s_ij = p_ij (∂out_i·v_j − ∂out_i·out_i) needs the merg
 these to the kernel's backward, gives exactly its share of dq, dk and dv (FlashAttention-2, arXiv 2307.08691, section
 3.1), and the shares are added up in place.
 
-The kernel computes all pairs of a causal tile of up to 512 keys, so tiles on the diagonal are small, of about 4.5 √n of
-a segment's n queries: a smaller one wastes less, and adds up more often. Work: n²/2 + n·prefix pairs and about n·4.5 √n/2
-that are computed and dropped. Memory: q, k, v, out, their gradients, one number per query and head, and tiles of at
-most BLOCK queries or keys (`forward_workspace`, `backward_workspace`).
+The kernel computes all pairs of a causal tile of up to 512 keys, so tiles are small where its products are not faster
+for being large (`tile_of`). Of 16-bit tensors, whose products are slow in the backward of short tiles and whose sums
+would be rounded at every step, such tiles are computed in float32. Work: n²/2 + n·prefix pairs of a segment's n queries,
+and at most n·tile/2 that are computed and dropped. Memory: q, k, v, out, their gradients, one number per query and head,
+and a tile (`forward_workspace`, `backward_workspace`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,13 +26,12 @@ from torch import Tensor
 
 from fastdpo.ops.registry import define
 
-#: Queries and keys of a tile, at most.
-BLOCK = 512
-#: Queries of a tile on the diagonal, at least: below, calls cost more than they save.
-_MIN_BLOCK = 96
-_ALIGNED = 16
-#: c in √(c·n) queries of a block: what a pair costs that is computed and dropped against one that is added up.
-_ADDING = 20.0
+#: Queries and keys of a tile, at most; of 16-bit tensors. More than half as many, in a longer segment: from 192 queries
+#: on the kernel works in blocks of 64 queries, from 768 on of 256.
+TILE, TILE_16_BITS = 384, 1024
+#: Fewer queries of 16-bit tensors than these are differentiated in float32: the kernel's 16-bit products of fewer rows
+#: take longer than float32's.
+_FEW_QUERIES = 768
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 #: What is called, to the letter: private operators, which another torch may change.
 _FORWARD_SCHEMA = (
@@ -79,10 +78,9 @@ def _cuts(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
     return zip(edges, edges[1:], strict=False)
 
 
-def _block(queries: int) -> int:
-    """Queries of a block of a segment of so many."""
-    wanted = -(-math.sqrt(_ADDING * queries) // _ALIGNED) * _ALIGNED
-    return int(min(max(wanted, _MIN_BLOCK), BLOCK))
+def tile_of(x: Tensor) -> int:
+    """Queries and keys of a tile of such tensors, at most."""
+    return TILE_16_BITS if x.element_size() == 2 else TILE
 
 
 def _gaps(tokens: int, segments: Sequence[int]) -> list[tuple[int, int]]:
@@ -92,12 +90,12 @@ def _gaps(tokens: int, segments: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _by_heads(x: Tensor, kv_heads: int) -> Tensor:
-    """(n, heads, D) → (kv_heads, groups, n, D), a view."""
-    return x.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
+    """(N, heads, D) or (N, heads) → (kv_heads, groups, N, D) or without the D, a view."""
+    return x.unflatten(1, (kv_heads, -1)).movedim(0, 2)
 
 
 def _shared(x: Tensor, groups: int) -> Tensor:
-    """(n, kv_heads, D) → (kv_heads, groups, n, D), a view."""
+    """(N, kv_heads, D) → (kv_heads, groups, N, D), a view."""
     return x.transpose(0, 1).unsqueeze(1).expand(-1, groups, -1, -1)
 
 
@@ -106,28 +104,26 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(N, heads, D), twice (N, kv_heads, D) → out (N, heads, D), 0 in gaps, and lse (N, heads) in float32 or float64."""
     heads, kv_heads = query.shape[1], key.shape[1]
-    query, key, value = map(_dense, (query, key, value))
-    out, lse = _fake_forward(query, key, value)
+    outputs = _fake_forward(query, key, value)
     for start, stop in _gaps(len(query), segments):
-        out[start:stop], lse[start:stop] = 0, 0
-
-    def attend(a: int, b: int, c: int, d: int, causal: bool) -> tuple[Tensor, Tensor]:
-        """Queries [a, b) to keys [c, d): (b - a, heads, D), (b - a, heads)."""
-        keys = [_shared(x[c:d], heads // kv_heads) for x in (key, value)]
-        part, its_lse = _flash(_by_heads(query[a:b], kv_heads), *keys, 0.0, causal, scale=scale)
-        return part.permute(2, 0, 1, 3).flatten(1, 2), its_lse.permute(2, 0, 1).flatten(1, 2)
-
+        for x in outputs:
+            x[start:stop] = 0
+    q = _by_heads(_dense(query), kv_heads)
+    k, v = (_shared(_dense(x), heads // kv_heads) for x in (key, value))
+    out, lse = (_by_heads(x, kv_heads) for x in outputs)
     for start, stop, prefix_start, prefix_stop in _quadruples(segments):
-        for a, b in _cuts(start, stop, _block(stop - start)):
-            merged, its_lse = attend(a, b, a, b, True)
+        for a, b in _cuts(start, stop, tile_of(query)):
+            queries = q[:, :, a:b]
+            merged, its_lse = _flash(queries, k[:, :, a:b], v[:, :, a:b], 0.0, True, scale=scale)
             for c, d in ((start, a), (prefix_start, prefix_stop)):
                 if c < d:
-                    part, other = attend(a, b, c, d, False)
+                    part, other = _flash(queries, k[:, :, c:d], v[:, :, c:d], 0.0, False, scale=scale)
                     share = torch.sigmoid(other - its_lse).unsqueeze(-1)
                     merged = merged.to(lse.dtype).lerp_(part.to(lse.dtype), share)
                     its_lse = torch.logaddexp(its_lse, other)
-            out[a:b], lse[a:b] = merged, its_lse
-    return out, lse
+            out[:, :, a:b] = merged
+            lse[:, :, a:b] = its_lse
+    return outputs
 
 
 def backward(
@@ -143,36 +139,77 @@ def backward(
     """grad and out (N, heads, D), lse (N, heads) → gradients of query, key and value."""
     heads, kv_heads = query.shape[1], key.shape[1]
     grads = _fake_backward(grad, query, key, value)
-    grad, query, key, value = map(_dense, (grad, query, key, value))
     for start, stop in _gaps(len(query), segments):
         for x in grads:
             x[start:stop] = 0
+    g, q, o, normalizer = (_by_heads(x, kv_heads) for x in (_dense(grad), _dense(query), out, lse))
+    k, v = _dense(key), _dense(value)
+    d_query, d_key, d_value = _by_heads(grads[0], kv_heads), grads[1].transpose(0, 1), grads[2].transpose(0, 1)
+    tile = tile_of(query)
 
     def add(a: int, b: int, c: int, d: int, causal: bool) -> None:
         """The share of queries [a, b) and keys [c, d); a causal tile's is the first of its queries and keys."""
-        by_heads = [_by_heads(x[a:b], kv_heads) for x in (grad, query, out)]
-        keys = [_shared(x[c:d], heads // kv_heads) for x in (key, value)]
-        its_lse = lse[a:b].unflatten(1, (kv_heads, -1)).permute(1, 2, 0)
-        d_query, *d_keys = _flash_backward(
-            by_heads[0], by_heads[1], *keys, by_heads[2], its_lse, 0.0, causal, scale=scale
+        i, j = slice(a, b), slice(c, d)
+        dtype = lse.dtype if b - a < _FEW_QUERIES else query.dtype
+        its_g, its_q, its_o = (x[:, :, i].to(dtype) for x in (g, q, o))
+        its_k, its_v = (_shared(x[j].to(dtype), heads // kv_heads) for x in (k, v))
+        of_query, *of_keys = _flash_backward(
+            its_g, its_q, its_k, its_v, its_o, normalizer[:, :, i], 0.0, causal, scale=scale
         )
-        into = [_by_heads(grads[0][a:b], kv_heads), *(x[c:d].transpose(0, 1) for x in grads[1:])]
-        for whole, share in zip(into, (d_query, *(x.sum(1) if x.shape[1] > 1 else x[:, 0] for x in d_keys)), strict=True):
+        of_keys = [x.sum(1) if heads > kv_heads else x[:, 0] for x in of_keys]
+        into = d_query[:, :, i], d_key[:, j], d_value[:, j]
+        for whole, share in zip(into, (of_query, *of_keys), strict=True):
             if causal:
                 whole.copy_(share)
             else:
                 whole.add_(share)
 
     for start, stop, *_ in _quadruples(segments):
-        for a, b in _cuts(start, stop, _block(stop - start)):
+        for a, b in _cuts(start, stop, tile):
             add(a, b, a, b, True)
-            for c, d in _cuts(start, a, BLOCK):
+            for c, d in _cuts(start, a, tile):
                 add(a, b, c, d, False)
     for start, stop, prefix_start, prefix_stop in _quadruples(segments):  # once every key has its first share
-        for a, b in _cuts(start, stop, BLOCK):
-            for c, d in _cuts(prefix_start, prefix_stop, BLOCK):
+        for a, b in _cuts(start, stop, tile):
+            for c, d in _cuts(prefix_start, prefix_stop, tile):
                 add(a, b, c, d, False)
     return grads
+
+
+def forward_workspace(
+    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[int], scale: float, backend: str
+) -> int:
+    """Bytes that the operator takes within itself: two parts of a block of queries and their log-sums, and in float32
+    once more where they are 16-bit; and the share of one in the other."""
+    queries = min(tile_of(query), max(stop - start for start, stop, *_ in _quadruples(segments)))
+    per_number = 2 * query.element_size() + (8 if query.element_size() == 2 else 0)
+    log = torch.promote_types(query.dtype, torch.float32).itemsize
+    return queries * query.shape[1] * (query.shape[2] * per_number + 4 * log)
+
+
+def backward_workspace(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    segments: Sequence[int],
+    scale: float,
+    backend: str,
+) -> int:
+    """The same of the backward. A tile's shares of dq, dk and dv for every query head, the copy of its upstream gradient
+    that the kernel makes, dk and dv summed over the heads that share a key; in float32 where the tile is, with copies of
+    its five operands."""
+    (heads, depth), kv_heads, item = query.shape[1:], key.shape[1], query.element_size()
+    longest = max(stop - start for start, stop, *_ in _quadruples(segments))
+    queries = min(tile_of(query), longest)
+    per_token = depth * (4 * heads + (2 * kv_heads if heads > kv_heads else 0))
+    if item != 2:
+        return queries * per_token * item
+    narrow = min(queries, _FEW_QUERIES - 1)
+    converted = narrow * (per_token + depth * (3 * heads + 2 * kv_heads)) * 4
+    return max(converted, queries * per_token * item)
 
 
 def _dense(x: Tensor) -> Tensor:
