@@ -2,23 +2,23 @@
 
     out_i = Σ_j p_ij v_j,   p_ij = exp(s_ij − lse_i),   s_ij = scale · q_i·k_j,   lse_i = log Σ_j exp(s_ij)
 
-over the keys j that a query i sees: its segment's prefix, and its own segment up to itself. A softmax over several sets
-of keys is their softmaxes, weighted by what each holds of Σ_j exp(s_ij); so a block of queries attends to the prefix, to
-its segment before the block and, causally, to itself, each by one call of the kernel, and the three are merged by their
-lse. Backward, ∂s_ij = p_ij (∂out_i·v_j − ∂out_i·out_i) needs the merged out and lse only: any set of pairs, handed with
-these to the kernel's backward, gives exactly its share of dq, dk and dv (FlashAttention-2, arXiv 2307.08691, section
-3.1), and the shares are added up in place.
+over the keys j that a query i sees: its segment's prefix, and its own segment up to itself. A softmax over several
+sets of keys is their softmaxes, weighted by what each holds of Σ_j exp(s_ij); so a block of queries attends to the
+prefix, to its segment before the block and, causally, to itself, each by one call of the kernel, and the three are
+merged by their lse. Backward, ∂s_ij = p_ij (∂out_i·v_j − ∂out_i·out_i) needs the merged out and lse only: any set of
+pairs, handed with these to the kernel's backward, gives exactly its share of dq, dk and dv (FlashAttention-2, arXiv
+2307.08691, section 3.1), and the shares are added up in place.
 
-The kernel computes all pairs of a causal tile of up to 512 keys, so tiles are small where its products are not faster
-for being large (`tile_of`). Of 16-bit tensors, whose products are slow in the backward of short tiles and whose sums
-would be rounded at every step, such tiles are computed in float32. Work: n²/2 + n·prefix pairs of a segment's n queries,
-and at most n·tile/2 that are computed and dropped. Memory: q, k, v, out, their gradients, one number per query and head,
-and a tile (`forward_workspace`, `backward_workspace`).
+The kernel computes all pairs of a causal tile of up to 512 keys. Work: n²/2 + n·prefix pairs of a segment's n queries,
+and at most n·tile/2 that are computed and dropped. Memory: q, k, v, out, their gradients, one number per query and
+head, and a tile (`forward_workspace`, `backward_workspace`). Of 16-bit tensors, whose products are slow in the backward
+of short tiles and whose sums would be rounded at every step, such tiles are computed in float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -75,12 +75,17 @@ def _cuts(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
     """[start, stop) in pieces of about equal length, none longer than `size`."""
     count = -(-(stop - start) // size)
     edges = [start + (stop - start) * i // count for i in range(count + 1)] if count else []
-    return zip(edges, edges[1:], strict=False)
+    return pairwise(edges)
 
 
 def tile_of(x: Tensor) -> int:
     """Queries and keys of a tile of such tensors, at most."""
     return TILE_16_BITS if x.element_size() == 2 else TILE
+
+
+def _dtype_of_tile(queries: int, dtype: torch.dtype) -> torch.dtype:
+    """What a tile of so many queries of this dtype is differentiated in."""
+    return torch.promote_types(dtype, torch.float32) if queries < _FEW_QUERIES else dtype
 
 
 def _gaps(tokens: int, segments: Sequence[int]) -> list[tuple[int, int]]:
@@ -99,10 +104,8 @@ def _shared(x: Tensor, groups: int) -> Tensor:
     return x.transpose(0, 1).unsqueeze(1).expand(-1, groups, -1, -1)
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[int], scale: float
-) -> tuple[Tensor, Tensor]:
-    """(N, heads, D), twice (N, kv_heads, D) → out (N, heads, D), 0 in gaps, and lse (N, heads) in float32 or float64."""
+def forward(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
+    """(N, heads, D), twice (N, kv_heads, D) → out (N, heads, D), 0 in gaps, and lse (N, heads) in float32 at least."""
     heads, kv_heads = query.shape[1], key.shape[1]
     outputs = _fake_forward(query, key, value)
     for start, stop in _gaps(len(query), segments):
@@ -150,7 +153,7 @@ def backward(
     def add(a: int, b: int, c: int, d: int, causal: bool) -> None:
         """The share of queries [a, b) and keys [c, d); a causal tile's is the first of its queries and keys."""
         i, j = slice(a, b), slice(c, d)
-        dtype = lse.dtype if b - a < _FEW_QUERIES else query.dtype
+        dtype = _dtype_of_tile(b - a, query.dtype)
         its_g, its_q, its_o = (x[:, :, i].to(dtype) for x in (g, q, o))
         its_k, its_v = (_shared(x[j].to(dtype), heads // kv_heads) for x in (k, v))
         of_query, *of_keys = _flash_backward(
@@ -176,14 +179,18 @@ def backward(
     return grads
 
 
+def _lengths(start: int, stop: int, size: int) -> set[int]:
+    return {b - a for a, b in _cuts(start, stop, size)}
+
+
 def forward_workspace(
     query: Tensor, key: Tensor, value: Tensor, segments: Sequence[int], scale: float, backend: str
 ) -> int:
     """Bytes that the operator takes within itself: two parts of a block of queries and their log-sums, and in float32
     once more where they are 16-bit; and the share of one in the other."""
-    queries = min(tile_of(query), max(stop - start for start, stop, *_ in _quadruples(segments)))
-    per_number = 2 * query.element_size() + (8 if query.element_size() == 2 else 0)
+    queries = max(max(_lengths(start, stop, tile_of(query))) for start, stop, *_ in _quadruples(segments))
     log = torch.promote_types(query.dtype, torch.float32).itemsize
+    per_number = 2 * query.element_size() + (0 if log == query.element_size() else 2 * log)
     return queries * query.shape[1] * (query.shape[2] * per_number + 4 * log)
 
 
@@ -198,18 +205,26 @@ def backward_workspace(
     scale: float,
     backend: str,
 ) -> int:
-    """The same of the backward. A tile's shares of dq, dk and dv for every query head, the copy of its upstream gradient
-    that the kernel makes, dk and dv summed over the heads that share a key; in float32 where the tile is, with copies of
-    its five operands."""
-    (heads, depth), kv_heads, item = query.shape[1:], key.shape[1], query.element_size()
-    longest = max(stop - start for start, stop, *_ in _quadruples(segments))
-    queries = min(tile_of(query), longest)
-    per_token = depth * (4 * heads + (2 * kv_heads if heads > kv_heads else 0))
-    if item != 2:
-        return queries * per_token * item
-    narrow = min(queries, _FEW_QUERIES - 1)
-    converted = narrow * (per_token + depth * (3 * heads + 2 * kv_heads)) * 4
-    return max(converted, queries * per_token * item)
+    """The same of the backward. A tile's shares of dq, dk and dv for every query head, the copy of its upstream
+    gradient that the kernel makes, dk and dv summed over the heads that share a key; in float32 where the tile is, with
+    copies of its five operands."""
+    (heads, depth), kv_heads = query.shape[1:], key.shape[1]
+    summed = 2 * kv_heads if heads > kv_heads else 0
+
+    def of_tile(queries: int, keys: int) -> int:
+        dtype = _dtype_of_tile(queries, query.dtype)
+        numbers = 2 * queries * heads + keys * (2 * heads + summed)
+        if dtype != query.dtype:
+            numbers += 3 * queries * heads + 2 * keys * kv_heads
+        return numbers * depth * dtype.itemsize
+
+    tile = tile_of(query)
+    return max(
+        of_tile(queries, keys)
+        for start, stop, prefix_start, prefix_stop in _quadruples(segments)
+        for queries in _lengths(start, stop, tile)
+        for keys in {queries, *_lengths(prefix_start, prefix_stop, tile)}
+    )
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -222,9 +237,7 @@ def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[T
     return out, query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
 
 
-def _fake_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
