@@ -125,12 +125,20 @@ def test_error_of_each_dtype(
     monkeypatch.setattr(tiled_attention, "TILE", 7)
     monkeypatch.setattr(tiled_attention, "TILE_16_BITS", 9)
     monkeypatch.setattr(tiled_attention, "_FEW_QUERIES", few)
+    kernel, computed = tiled_attention._flash_backward, set()
+
+    def noted(*operands: Any, **options: Any) -> Any:
+        computed.update(x.dtype for x in operands[:5])
+        return kernel(*operands, **options)
+
+    monkeypatch.setattr(tiled_attention, "_flash_backward", noted)
     segments = Segments.build(2, 40, ITEMS)
     inputs = leaves(2, 40, 3, dtype=dtype)
     upstream = leaves(2, 40, 3, seed=1, dtype=dtype)[0]
     expected = with_gradients(softmax, [x.double() for x in inputs], upstream, segments, None, None)
     found = with_gradients(_per_segment, inputs, upstream, segments, None, None)
     assert all(x.dtype == dtype for x in found)
+    assert computed == {dtype if few == 1 else torch.float32}
     assert in_norm(found[0], expected[0]) < forward
     assert max(map(in_norm, found[1:], expected[1:])) < backward
 
