@@ -86,10 +86,10 @@ class OperatorTimes(TorchDispatchMode):
                 rows, moved = FUSED_ROWS, 2 * weight.element_size() * logits if unit else 0
             weights = products * weight.numel() * weight.element_size() * -(-hidden.shape[0] // rows)
             return [Work("head", products * 2 * logits * hidden.shape[1], moved + weights)]
-        if name.startswith("fastdpo."):
-            return [Work("head", 0, moved)]
         if "attn" in name or "attention" in name:
             return [Work("attention", self._attention_flops(name, args), moved)]
+        if name.startswith("fastdpo."):
+            return [Work("head", 0, moved)]
         if func in _GEMMS:
             first, second = args[-2:]
             flops = 2 * first.numel() * second.shape[-1]

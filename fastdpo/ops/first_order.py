@@ -20,24 +20,28 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 
-def refusal(function: str, oracle: str, asked: str) -> NotImplementedError:
-    """The sentence, which is a RuntimeError as torch's own are. oracle: what has every derivative."""
+def see_oracle(name: str) -> str:
+    """The advice of an operator that has an oracle of this name in `fastdpo.formulas.oracle`."""
+    return f"fastdpo.formulas.oracle.{name} has them all, in plain PyTorch."
+
+
+def refusal(function: str, advice: str, asked: str) -> NotImplementedError:
+    """The sentence, which is a RuntimeError as torch's own are. advice: a sentence on what has every derivative."""
     return NotImplementedError(
-        f"fastdpo's {function} has a first derivative by backward, and no other: {asked}. "
-        f"fastdpo.formulas.oracle.{oracle} has them all, in plain PyTorch."
+        f"fastdpo's {function} has a first derivative by backward, and no other: {asked}. {advice}"
     )
 
 
 def kernel(
     operator: torch._ops.OpOverload,
-    oracle: str,
+    advice: str,
     backward: Callable[..., Any] | None,
     setup_context: Callable[..., Any] | None,
 ) -> Callable[..., Any]:
     """The autograd kernel of `operator`, for `Library.impl(..., "Autograd", with_keyset=True)`.
 
     Args:
-        oracle: the name in `fastdpo.formulas.oracle` that a refusal points to.
+        advice: what a refusal says on what has further derivatives.
         backward, setup_context: as for `torch.library.register_autograd`; without them there is no derivative at all.
     """
     name = operator._opname
@@ -58,7 +62,7 @@ def kernel(
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             if backward is None:
-                raise refusal(name, oracle, "a derivative was asked for")
+                raise refusal(name, advice, "a derivative was asked for")
             needed = ctx.needs_input_grad
             ctx.needs_input_grad = needed[2:]
             try:
@@ -67,17 +71,17 @@ def kernel(
             finally:
                 ctx.needs_input_grad = needed
             if torch.is_grad_enabled():
-                found = _refusing(name, oracle, found, [*grads, *ctx.anchors])
+                found = _refusing(name, advice, found, [*grads, *ctx.anchors])
             return None, None, *found
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:
-            raise refusal(name, oracle, "forward mode (tangents, jvp) was asked for")
+            raise refusal(name, advice, "forward mode (tangents, jvp) was asked for")
 
     def dispatch(keyset: Any, *args: Any) -> Any:
         recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
         if torch._C._are_functorch_transforms_active() and (recorded or any(map(_is_transformed, args))):
-            raise refusal(name, oracle, "a transform of torch.func was asked for")
+            raise refusal(name, advice, "a transform of torch.func was asked for")
         if not recorded and forward_ad._current_level < 0:
             return below(keyset, *args)
         return FirstOrder.apply(keyset, [_anchor(x) for x in args if recorded and _is_recorded(x)], *args)
@@ -102,24 +106,24 @@ class _Refusing(torch.autograd.Function):
     """The identity of gradients (`count` of them), whose derivative raises. Further tensors are what they depend on."""
 
     @staticmethod
-    def forward(ctx: Any, name: str, oracle: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.name, ctx.oracle = name, oracle
+    def forward(ctx: Any, name: str, advice: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.name, ctx.advice = name, advice
         return tuple(x.view_as(x) for x in tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
-        raise refusal(ctx.name, ctx.oracle, "a second one (create_graph, a Hessian, a gradient penalty) was asked for")
+        raise refusal(ctx.name, ctx.advice, "a second one (create_graph, a Hessian, a gradient penalty) was asked for")
 
     @staticmethod
     def jvp(ctx: Any, *_: Tensor) -> Any:
-        raise refusal(ctx.name, ctx.oracle, "forward mode over its gradient was asked for")
+        raise refusal(ctx.name, ctx.advice, "forward mode over its gradient was asked for")
 
 
 def _refusing(
-    name: str, oracle: str, found: tuple[Tensor | None, ...], reasons: list[Tensor | None]
+    name: str, advice: str, found: tuple[Tensor | None, ...], reasons: list[Tensor | None]
 ) -> list[Tensor | None]:
     gradients = [x for x in found if x is not None]
     if not gradients:
         return list(found)
-    refused = iter(_Refusing.apply(name, oracle, len(gradients), *gradients, *(x for x in reasons if x is not None)))
+    refused = iter(_Refusing.apply(name, advice, len(gradients), *gradients, *(x for x in reasons if x is not None)))
     return [None if x is None else next(refused) for x in found]

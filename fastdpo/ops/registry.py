@@ -31,6 +31,7 @@ def define(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
     oracle: str | None = None,
+    advice: str = "",
 ) -> torch._ops.OpOverload:
     """Register `torch.ops.fastdpo.<name>` and return it.
 
@@ -41,6 +42,7 @@ def define(
         backward, setup_context: as for `torch.library.register_autograd`. They give the first derivative; another one
             raises (`first_order`), and without them any.
         oracle: the function of `fastdpo.formulas.oracle` that computes the same, where it has another name.
+        advice: the sentence on what has further derivatives, where that is not the oracle.
     """
     qualified = f"{NAMESPACE}::{name}"
     torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -62,7 +64,8 @@ def define(
     torch.library.register_fake(qualified, fake)
     operator: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
     if "!" not in schema:  # what overwrites its input can carry no autograd
-        autograd = first_order.kernel(operator, oracle or name, backward, setup_context)
+        advice = advice or first_order.see_oracle(oracle or name)
+        autograd = first_order.kernel(operator, advice, backward, setup_context)
         _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
     return operator
 

@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastdpo.training.rows import tiled_attention
+
 #: FlashAttention pads sequences and head sizes to multiples of these (read in its source, never measured).
 _FLASH_BLOCK, _FLASH_DEPTH = 128, 32
 #: Operator → bytes that it takes within itself, from its arguments.
@@ -117,7 +119,9 @@ def flash_backward_workspace(grad: Tensor, query: Tensor, key: Tensor, value: Te
 def workspaces() -> Workspaces:
     """The operators of 4-bit layers, where bitsandbytes is installed, and of attention over variable lengths."""
     known: dict[Any, Callable[..., int]] = {
-        torch.ops.torch_attn._varlen_attn_backward.default: flash_backward_workspace
+        torch.ops.torch_attn._varlen_attn_backward.default: flash_backward_workspace,
+        tiled_attention.segment_attention: tiled_attention.forward_workspace,
+        tiled_attention.segment_attention_backward: tiled_attention.backward_workspace,
     }
     with contextlib.suppress(AttributeError):
         known[torch.ops.bitsandbytes.gemm_4bit.default] = gemm_4bit_workspace

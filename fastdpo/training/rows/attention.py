@@ -31,6 +31,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from fastdpo.training.models.unwrapped import base_model
+from fastdpo.training.rows import tiled_attention
 from fastdpo.training.rows.transfer import to_device
 
 #: The name in transformers' table of attention functions.
@@ -202,14 +203,25 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | 
     )
     assert isinstance(out, Tensor)  # nothing beside it was asked for
     if segments.query_index is not None:
-        out = out.new_zeros(rows * width, *out.shape[1:]).index_copy(0, segments.query_index, out)
+        out = out.new_zeros(rows * width, *out.shape[1:]).index_copy_(0, segments.query_index, out)
     return out.unflatten(0, (rows, width))
 
 
 def _per_segment(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None, window: int | None
 ) -> Tensor:
-    """SDPA for one segment after the other.
+    """One segment after the other: in tiles without masks where torch's kernel for CPUs serves; else by SDPA with
+    masks, as on a GPU without FlashAttention, and for windows that hide keys."""
+    if (window is not None and window < segments.max_keys) or not tiled_attention.serves(q, k, v):
+        return _masked(q, k, v, segments, scale, window)
+    flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # (R·T, heads, D), views of what models pass
+    bounds = [bound for item in segments.items for bound in item]
+    out, _ = tiled_attention.segment_attention(*flat, bounds, q.shape[-1] ** -0.5 if scale is None else scale, "tiles")
+    return out.unflatten(0, (len(q), segments.width))
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None, window: int | None) -> Tensor:
+    """SDPA for one segment after the other, under masks.
 
     Heads that share a key are a batch dimension, over which it is expanded in place: keys and values are neither
     repeated nor kept repeated. `split` has one backward for all pieces, where a slice each would have one of full size.
