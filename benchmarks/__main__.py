@@ -68,6 +68,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"unknown section {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
     if options.steps < 2 or options.rounds < 1:
         parser.error(f"--steps {options.steps}, --rounds {options.rounds}: at least 2 and 1; the first step warms up")
+    if options.outcomes is not None and not set(options.sections) & {"training", "ablation"}:
+        parser.error(f"--outcomes {options.outcomes}: only training and ablation keep their outcomes; name one")
     if options.against is not None:
         if not set(options.sections) & set(OF_TWO_TREES):
             parser.error(f"--against {options.against}: only {' and '.join(OF_TWO_TREES)} compare two trees; name one")

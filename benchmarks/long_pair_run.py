@@ -63,7 +63,7 @@ class LongClock(StepClock):
 
     def __init__(self, steps: int, limit: int | None, gradients: Path | None) -> None:
         super().__init__(gradients)
-        self.steps, self.limit, self.resident = steps, limit, 0
+        self.steps, self.limit, self.resident, self.growth = steps, limit, 0, 0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.steps - 1:
@@ -72,6 +72,10 @@ class LongClock(StepClock):
                 resource.setrlimit(resource.RLIMIT_DATA, (self.limit, resource.RLIM_INFINITY))
             self.marks.clear()
             self.mark()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_step_end(args, state, control, **kwargs)
+        self.growth = status("VmHWM") - self.resident
 
 
 def measure(
@@ -90,8 +94,7 @@ def measure(
             if limit is None or not was_refused_memory(error):
                 raise
             return LongStep(held=False)
-        growth = status("VmHWM") - clock.resident
-    return LongStep(True, clock.spent(0)[-1], clock.spent(1)[-1], growth, clock.resident, losses[-1])
+    return LongStep(True, clock.spent(0)[-1], clock.spent(1)[-1], clock.growth, clock.resident, losses[-1])
 
 
 def was_refused_memory(error: BaseException | None) -> bool:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tiny import llama, tokenizer
 from torch import nn
 
-from benchmarks import training, training_run
+from benchmarks import process, training, training_run
 from benchmarks.settings import Settings
 from benchmarks.training_cases import TrainingCase, count_tokens, preference_ids, set_lora
 from benchmarks.training_run import Contender, Outcome
@@ -111,7 +111,7 @@ def test_failure_of_a_process_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def failed(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 1, "", "Traceback\nModuleNotFoundError: No module named 'trl'\n")
 
-    monkeypatch.setattr(training.subprocess, "run", failed)
+    monkeypatch.setattr(process.subprocess, "run", failed)
     with pytest.raises(ModuleNotFoundError, match="No module named 'trl'"):
         training.start(Contender("trl"), CASE, 1)
 
