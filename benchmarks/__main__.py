@@ -26,7 +26,14 @@ SECTIONS = {
     "gpu_static": "linear_logprob.gpu_static",
 }
 #: Those of the whole training step, minutes each, that run only when they are named.
-LONG_SECTIONS = {"training": "training", "ablation": "ablation", "profile_step": "profile_step"}
+LONG_SECTIONS = {
+    "training": "training",
+    "ablation": "ablation",
+    "profile_step": "profile_step",
+    "long_pair": "long_pair",
+}
+#: Those that can run on another checkout's library beside this one's.
+OF_TWO_TREES = ("training", "long_pair")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -43,12 +50,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="also cases that take a minute each")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, which only show that everything runs")
     parser.add_argument("--plot", type=Path, help="write the scaling section's figure here")
-    training = parser.add_argument_group("training, ablation and profile_step")
+    training = parser.add_argument_group("training, ablation, profile_step and long_pair")
     training.add_argument("--plans", default="", help="names of plans or stages, separated by commas; default all")
     training.add_argument("--steps", type=int, default=3, help="optimizer steps of which the first warms up, default 3")
     training.add_argument("--rounds", type=int, default=1, help="processes per contender, in turns, default 1")
     training.add_argument(
         "--outcomes", type=Path, help="keep each contender's outcome in this file, and take what it holds already"
+    )
+    training.add_argument(
+        "--against", type=Path, help="training and long_pair: another checkout, whose library takes turns with this one"
     )
     parser.add_argument("--json", action="store_true", help="gpu_static alone: print its predictions as JSON")
     parser.add_argument("--output", type=Path, help="write all figures here as JSON")
@@ -58,6 +68,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"unknown section {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
     if options.steps < 2 or options.rounds < 1:
         parser.error(f"--steps {options.steps}, --rounds {options.rounds}: at least 2 and 1; the first step warms up")
+    if options.outcomes is not None and not set(options.sections) & {"training", "ablation"}:
+        parser.error(f"--outcomes {options.outcomes}: only training and ablation keep their outcomes; name one")
+    if options.against is not None:
+        if not set(options.sections) & set(OF_TWO_TREES):
+            parser.error(f"--against {options.against}: only {' and '.join(OF_TWO_TREES)} compare two trees; name one")
+        if not (options.against / "fastdpo" / "__init__.py").is_file():
+            parser.error(f"--against {options.against}: no checkout of fastdpo, as it holds no fastdpo/__init__.py")
     if options.json and options.sections != ["gpu_static"]:
         parser.error(f"--json prints the section gpu_static; the sections are {options.sections or 'the default ones'}")
     return options
@@ -81,6 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[Figure]]:
         options.steps,
         options.rounds,
         options.outcomes,
+        options.against,
     )
     print(", ".join(f"{name} {value}" for name, value in machine(options.threads).items()), flush=True)
     warm_up(settings.dtype)

@@ -1,8 +1,9 @@
 """Where a training step's time goes, by part of the model, beside its matrix products on their own.
 
-One step runs under torch.profiler; every operator's own time is booked on the part of the model that called it, in the
-backward on the part whose forward it belongs to. The floor is the time that the same matrix products take outside the
-model, at the rate this machine reaches on their shapes.
+One step runs under torch.profiler; every operator's own time is booked on the innermost label around it: a fused
+function labels its pieces itself in both passes (`fastdpo.training.body.labels`), other modules are labelled here, and
+what the backward runs under no label belongs to the part whose forward made its node. The floor is the time that the
+same matrix products take outside the model, at the rate this machine reaches on their shapes.
 """
 
 from __future__ import annotations
@@ -20,21 +21,25 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from benchmarks.report import Figure
+from benchmarks.report import Figure, at_most
 from benchmarks.settings import Settings
 from benchmarks.training import PLANS, chosen, training_case
 from benchmarks.training_run import Contender, StepClock, build, quieten
+from fastdpo.training.body.labels import ACTIVATION, ATTENTION, BODY, LORA, NF4, NORMS, PREFIX
 
 TITLE = "profile of one training step: own time of operators, by part"
-#: Parts, by the label of the module that an operator ran in.
-BODY, NF4, LORA = "matrix products of the body", "NF4 dequantisation", "LoRA"
-ATTENTION, NORMS, ACTIVATION = "attention with rotary positions", "norms", "activation of the MLP"
+#: Parts beside those of the body.
 HEAD_PRODUCTS, HEAD = "matrix products of the head", "rest of the head"
 OPTIMIZER, OTHER = "optimizer and clipping", "residuals, gathers, copies, loss"
 PARTS = (BODY, NF4, LORA, ATTENTION, NORMS, ACTIVATION, HEAD_PRODUCTS, HEAD, OPTIMIZER, OTHER)
-_LABEL = "part: "
-_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
+#: Label of a whole 4-bit linear, whose products are the body's and whose other operators dequantise.
+_LINEAR4BIT = "4-bit linear"
+#: Products of two matrices → the place of the first among the arguments.
+_PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}
+#: Bounds of LoRA's share of the step, and of the step over the bare products of body and head.
+LORA_SHARE, OVER_PRODUCTS = at_most(0.06), at_most(1.6)
 #: Runs of a bare product, of which the best counts.
 _REPEATS = 3
 
@@ -99,10 +104,10 @@ def profile_plan(name: str, settings: Settings) -> list[Figure]:
         trainer.train()
     seconds = clock.spent(0)[-1]
     found = account(clock.profiler.events())
-    return figures(name, found, seconds, clock.spent(0)[-2])
+    return figures(name, found, seconds, clock.spent(0)[-2], settings)
 
 
-def figures(name: str, found: Profile, seconds: float, unprofiled: float) -> list[Figure]:
+def figures(name: str, found: Profile, seconds: float, unprofiled: float, settings: Settings) -> list[Figure]:
     """Of each part with its share, and its matrix products' time outside the model where it has some."""
     total = sum(found.spent.values()) / 1e6
     floors = {part: floor(products) for part, products in found.products.items()}
@@ -119,10 +124,13 @@ def figures(name: str, found: Profile, seconds: float, unprofiled: float) -> lis
     bare = sum(floors.get(part, 0.0) for part in (BODY, HEAD_PRODUCTS))
     python = seconds - total
     note = f"the step before took {unprofiled:.1f} s without the profiler, on other pairs"
+    lora, share = found.spent.get(LORA, 0.0) / 1e6, settings.target(LORA_SHARE)
+    over = settings.target(OVER_PRODUCTS)
     return [
         *listed,
         Figure(name, "Python, dispatch, profiler", python, "s", note=f"{python / seconds:.1%} of the step"),
-        Figure(name, "step", seconds, "s", "products of body and head", bare, seconds / bare, note=note),
+        Figure(name, "LoRA's share", lora, "s", "step", seconds, lora / seconds, share),
+        Figure(name, "step", seconds, "s", "products of body and head", bare, seconds / bare, over, note),
     ]
 
 
@@ -130,8 +138,11 @@ def label_parts(model: nn.Module) -> None:
     """Let every module of a known kind name its part to the profiler."""
     for name, module in model.named_modules():
         kind = type(module).__name__
-        if isinstance(module, Linear4bit):
-            _label(module, BODY)
+        if isinstance(module, GradientCheckpointingLayer):
+            # Recomputed in the midst of some node's backward, of whose part the layer's own operators are not
+            _label(module, OTHER)
+        elif isinstance(module, Linear4bit):
+            _label(module, _LINEAR4BIT)
         elif isinstance(module, LoraLayer):
             _label(module, LORA)
         elif "RMSNorm" in kind or isinstance(module, nn.LayerNorm):
@@ -146,7 +157,7 @@ def _label(module: nn.Module, part: str) -> None:
     forward: Callable[..., Any] = module.forward
 
     def labelled(*args: Any, **kwargs: Any) -> Any:
-        with record_function(_LABEL + part):
+        with record_function(PREFIX + part):
             return forward(*args, **kwargs)
 
     module.forward = labelled
@@ -155,11 +166,11 @@ def _label(module: nn.Module, part: str) -> None:
 def account(events: Iterable[FunctionEvent]) -> Profile:
     """Book the own time of every operator."""
     events = list(events)
-    # A node of the backward bears the number of the forward operator that made it
+    # A node of the backward bears the number of the forward operator that made it. So do those before that made none.
     makers: dict[int, FunctionEvent] = {}
-    for event in events:
+    for event in sorted(events, key=lambda each: each.time_range.start):
         if event.sequence_nr >= 0 and not _in_backward(event):
-            makers.setdefault(event.sequence_nr, event)
+            makers[event.sequence_nr] = event
     found = Profile()
     for event in events:
         part = part_of(event, makers)
@@ -171,22 +182,29 @@ def account(events: Iterable[FunctionEvent]) -> Profile:
 
 def part_of(event: FunctionEvent, makers: dict[int, FunctionEvent]) -> str:
     chain = list(_ancestors(event))
-    names = [each.name for each in chain]
-    if any(name.startswith("Optimizer.") for name in names) or any("clip_grad" in name for name in names):
-        return OPTIMIZER
-    if any(name.startswith("fastdpo::") or "logprob" in name.lower() for name in names):
-        return HEAD_PRODUCTS if event.name in _PRODUCTS else HEAD
-    label = next((name.removeprefix(_LABEL) for name in names if name.startswith(_LABEL)), None)
+    label = _innermost(chain)
     if label is None and _in_backward(event):
         node = next((each for each in chain if each.sequence_nr in makers), None)
-        if node is not None:
-            maker = list(_ancestors(makers[node.sequence_nr]))
-            label = next((each.name.removeprefix(_LABEL) for each in maker if each.name.startswith(_LABEL)), None)
+        label = None if node is None else _innermost(_ancestors(makers[node.sequence_nr]))
     if label is None:
-        return ATTENTION if any("scaled_dot_product" in name.lower() for name in names) else OTHER
-    if label == BODY and event.name not in _PRODUCTS:
-        return NF4
+        return ATTENTION if any("scaled_dot_product" in each.name.lower() for each in chain) else OTHER
+    if label == HEAD:
+        return HEAD_PRODUCTS if event.name in _PRODUCTS else HEAD
+    if label == _LINEAR4BIT:
+        return BODY if event.name in _PRODUCTS else NF4
     return label
+
+
+def _innermost(chain: Iterable[FunctionEvent]) -> str | None:
+    """What the nearest of the events that say so belong to."""
+    for name in (each.name for each in chain):
+        if name.startswith(PREFIX):
+            return name.removeprefix(PREFIX)
+        if name.startswith("Optimizer.") or "clip_grad" in name:
+            return OPTIMIZER
+        if name.startswith("fastdpo::") or "logprob" in name.lower():
+            return HEAD
+    return None
 
 
 def _ancestors(event: FunctionEvent | None) -> Iterable[FunctionEvent]:
@@ -201,13 +219,12 @@ def _in_backward(event: FunctionEvent) -> bool:
 
 
 def _product(event: FunctionEvent) -> Product | None:
-    listed: Any = event.input_shapes
-    shapes = [tuple(shape) for shape in listed if len(shape) >= 2]
-    if len(shapes) < 2 or len(shapes[0]) != 2:
+    shapes: Any = event.input_shapes
+    first = _PRODUCTS[event.name]
+    operands = [tuple(shape) for shape in shapes[first : first + 2]]
+    if [len(shape) for shape in operands] != [2, 2]:
         return None
-    if event.name == "aten::addmm":
-        shapes = shapes[-2:]
-    (m, k), (_, n) = shapes[:2]
+    (m, k), (_, n) = operands
     return Product(m, k, n, transposed=not _in_backward(event))
 
 

@@ -25,6 +25,7 @@ class Settings:
     steps: int = 3
     rounds: int = 1
     outcomes: Path | None = None
+    against: Path | None = None
 
     def target(self, target: Target | None) -> Target | None:
         """Targets hold for float32 and real shapes."""

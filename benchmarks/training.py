@@ -2,16 +2,14 @@
 
 SmolLM2-135M in NF4, LoRA r = 16 on all linear layers, float32 arithmetic, 8 pairs shaped like HH per optimizer step.
 Each contender trains in a process of its own (`benchmarks.training_run`), on the same pairs, from the same weights, and
-its first step is checked against TRL's before any ratio is given.
+its first step is checked against TRL's before any ratio is given. `--against PATH` runs every plan on the library of
+another checkout too, in turns with this one's.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -20,17 +18,19 @@ from pathlib import Path
 import psutil
 from safetensors.torch import load_file
 
-from benchmarks.process import ROOT
+from benchmarks.process import outcome_of
 from benchmarks.report import Figure, Target, at_least, at_most
 from benchmarks.settings import Settings
 from benchmarks.training_cases import TrainingCase, count_tokens, preference_ids
-from benchmarks.training_run import Contender, Outcome
+from benchmarks.training_run import Contender, Outcome, differing
 
 TITLE = "training step: SmolLM2-135M NF4, LoRA r = 16 on all linear layers, float32, one process each"
 GIB = 2**30
 VOCAB = 49152
 #: Largest relative difference from TRL, of the first step's loss, and of its gradients in their norm.
 TOLERANCE = 1e-4
+#: Bounds of another tree's seconds over this one's, and of this one's growth over the other's.
+FASTER, NO_MORE = at_least(1.12), at_most(1.0)
 #: Memory that glibc's allocator keeps for itself is given back: blocks of 64 KiB and more are mapped one by one.
 MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
@@ -100,15 +100,31 @@ def run(settings: Settings) -> list[Figure]:
                 if peer.needs < psutil.virtual_memory().available or settings.tiny:
                     bench.run(name, peer.contender)
             for name, plan in plans.items():
-                contender = Contender("fastdpo", plan.options)
-                bench.run(name, bench.filled(contender) if plan.cached else contender)
+                turns = list(in_trees(name, Contender("fastdpo", plan.options), settings).items())
+                for each, contender in turns if bench.round % 2 == 0 else reversed(turns):
+                    bench.run(each, bench.filled(contender) if plan.cached else contender)
             bench.round += 1
         figures = [workload(case)]
         for name, peer in peers.items():
             figures += peer_figures(name, peer, bench)
         for name, plan in plans.items():
             figures += plan_figures(name, plan, bench, settings)
+            figures += tree_figures(name, bench, settings)
     return figures
+
+
+def in_trees(name: str, contender: Contender, settings: Settings) -> dict[str, Contender]:
+    """`contender` on this tree's library, and on the other's where one is named."""
+    found = {name: contender}
+    if settings.against is not None:
+        found[other_name(name, settings)] = dataclasses.replace(contender, tree=str(settings.against.resolve()))
+    return found
+
+
+def other_name(name: str, settings: Settings) -> str:
+    """What a contender is called that runs on the other tree's library."""
+    assert settings.against is not None
+    return f"{name} of {settings.against.resolve().name}"
 
 
 def training_case(settings: Settings) -> TrainingCase:
@@ -161,7 +177,7 @@ class Bench:
 
     def filled(self, contender: Contender) -> Contender:
         """`contender` with a reference cache that a run over the same pairs has filled."""
-        folder = str(self.folder / "references")
+        folder = str(self.folder / f"references of {Path(contender.tree).name or 'this tree'}")
         options = contender.options | {"reference_cache_dir": folder}
         if not Path(folder).is_dir():
             filling = options | {"reference": "precompute", "max_steps": 1}
@@ -179,22 +195,21 @@ class Bench:
 
 
 def start(contender: Contender, case: TrainingCase, threads: int, gradients: Path | None = None) -> Outcome:
-    """The outcome of a fresh process.
+    """The outcome of a fresh process, by the driver of this tree, or by its own where an older tree lacks a name.
 
-    Raises:
-        ModuleNotFoundError: the contender is not installed.
-        RuntimeError: the process failed otherwise.
+    Raises as `benchmarks.process.outcome_of`.
     """
-    command = [sys.executable, "-m", "benchmarks.training_run", json.dumps(asdict(contender))]
-    command += ["--case", json.dumps(asdict(case)), "--threads", str(threads)]
-    command += [] if gradients is None else ["--gradients", str(gradients)]
-    environment = os.environ | contender.environment
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        kind = ModuleNotFoundError if last.startswith("ModuleNotFoundError") else RuntimeError
-        raise kind(f"{contender}: {last}")
-    return Outcome(**json.loads(done.stdout.strip().splitlines()[-1]))
+    arguments = [contender.written(), "--case", json.dumps(differing(case)), "--threads", str(threads)]
+    arguments += [] if gradients is None else ["--gradients", str(gradients.resolve())]
+    module, environment, tree = "benchmarks.training_run", contender.environment, contender.tree
+    try:
+        found = outcome_of(module, arguments, environment, tree=tree)
+    except ImportError as error:
+        if not tree:
+            raise
+        print(f"({error}; by its own driver)", end=" ", flush=True)
+        found = outcome_of(module, arguments, environment, tree=tree, own_driver=True)
+    return Outcome(**found)
 
 
 def workload(case: TrainingCase) -> Figure:
@@ -218,13 +233,26 @@ def plan_figures(name: str, plan: Plan, bench: Bench, settings: Settings) -> lis
     if plan.against not in bench.outcomes:
         return [Figure(case, "step", bench.seconds(name), "s", note=f"{plan.against} was not run")]
     figures = [agreement(case, name, plan.against, bench)] if plan.agrees else []
-    ours, theirs = bench.seconds(name), bench.seconds(plan.against)
-    target, note = settings.target(plan.speed), _rate(name, bench)
-    figures.append(Figure(case, "step", ours, "s", plan.against, theirs, theirs / ours, target, note))
-    ours, theirs = bench.growth(name) / GIB, bench.growth(plan.against) / GIB
-    target = settings.target(plan.growth)
-    figures.append(Figure(case, "growth of memory", ours, "GiB", plan.against, theirs, ours / theirs, target))
-    return figures
+    return figures + beside(case, name, plan.against, bench, (plan.speed, plan.growth), settings)
+
+
+def tree_figures(name: str, bench: Bench, settings: Settings) -> list[Figure]:
+    """Beside the other tree, where one is named: its first step is the same, whatever the plan."""
+    if settings.against is None:
+        return []
+    case, other = f"{name}, this tree", other_name(name, settings)
+    return [agreement(case, name, other, bench), *beside(case, name, other, bench, (FASTER, NO_MORE), settings)]
+
+
+def beside(
+    case: str, name: str, other: str, bench: Bench, bounds: tuple[Target | None, Target | None], settings: Settings
+) -> list[Figure]:
+    """Seconds and growth beside those of `other`. bounds: of its seconds over ours, of our growth over its."""
+    speed, growth = (settings.target(bound) for bound in bounds)
+    ours, theirs = bench.seconds(name), bench.seconds(other)
+    step = Figure(case, "step", ours, "s", other, theirs, theirs / ours, speed, _rate(name, bench))
+    ours, theirs = bench.growth(name) / GIB, bench.growth(other) / GIB
+    return [step, Figure(case, "growth of memory", ours, "GiB", other, theirs, ours / theirs, growth)]
 
 
 def _rate(name: str, bench: Bench) -> str:
@@ -238,12 +266,18 @@ def _written(options: Mapping[str, object]) -> str:
 
 
 def agreement(case: str, name: str, peer: str, bench: Bench) -> Figure:
-    """The larger of two relative differences from the peer's first step, of the loss and of all LoRA gradients.
+    """`difference` of the first steps."""
+    losses = bench.outcomes[name][0].loss, bench.outcomes[peer][0].loss
+    return difference(case, (name, peer), losses, (bench.gradients(name), bench.gradients(peer)))
+
+
+def difference(case: str, names: tuple[str, str], losses: tuple[float, float], files: tuple[Path, Path]) -> Figure:
+    """The larger of two relative differences from the second's step, of the loss and of all LoRA gradients in `files`.
 
     Raises ValueError if it is too large: what computes something else is not compared.
     """
-    ours, theirs = bench.outcomes[name][0].loss, bench.outcomes[peer][0].loss
-    own, other = load_file(bench.gradients(name)), load_file(bench.gradients(peer))
+    (ours, theirs), (name, peer) = losses, names
+    own, other = (load_file(file) for file in files)
     if own.keys() != other.keys():
         raise ValueError(f"{name} and {peer} train different parameters, such as {min(own.keys() ^ other.keys())}.")
     gap = sum(float((own[key].double() - other[key].double()).square().sum()) for key in own) ** 0.5
@@ -253,6 +287,6 @@ def agreement(case: str, name: str, peer: str, bench: Bench) -> Figure:
         raise ValueError(f"{name} differs from {peer}: loss by {errors[0]:.1e}, gradients by {errors[1]:.1e}.")
     note = f"loss {ours:.6f} off by {errors[0]:.0e}, gradients by {errors[1]:.0e}"
     return Figure(
-        case, "first step: difference", max(errors), "", "allowed", TOLERANCE, max(errors) / TOLERANCE,
+        case, "same step: difference", max(errors), "", "allowed", TOLERANCE, max(errors) / TOLERANCE,
         at_most(1.0), note,
     )  # fmt: skip

@@ -22,6 +22,7 @@ class TrainingCase:
     pairs: per optimizer step.
     steps: optimizer steps, of which the first warms up.
     prompt, completion: bounds of the uniform lengths in tokens.
+    warm_up: length of prompts and answers in the first step; None: as in the others.
     """
 
     pairs: int = 8
@@ -29,6 +30,7 @@ class TrainingCase:
     prompt: tuple[int, int] = (60, 240)
     completion: tuple[int, int] = (20, 120)
     seed: int = 0
+    warm_up: int | None = None
 
     def tiny(self) -> TrainingCase:
         return replace(self, prompt=(6, 12), completion=(3, 8))
@@ -45,7 +47,10 @@ def preference_ids(case: TrainingCase, vocab: int) -> datasets.Dataset:
 
     rows = []
     for index in range(case.pairs * case.steps):
-        prompt, chosen, rejected = draw(case.prompt), draw(case.completion), draw(case.completion)
+        lengths = case.prompt, case.completion, case.completion
+        if case.warm_up is not None and index < case.pairs:
+            lengths = ((case.warm_up, case.warm_up),) * 3
+        prompt, chosen, rejected = (draw(bounds) for bounds in lengths)
         rows.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, "example_id": f"{index}"})
     return datasets.Dataset.from_list(rows)
 

@@ -14,7 +14,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ from fastdpo import FastDPOConfig, FastDPOTrainer
 from fastdpo.demo.smollm2 import prepare_model
 from fastdpo.training.models.loading import load_model, load_tokenizer, lora_config
 from fastdpo.training.options import ModelConfig
-from fastdpo.training.rows import choice as layout_choice
 
 LEARNING_RATE = 1e-4
 
@@ -44,6 +43,7 @@ class Contender:
     rounded_lora: leave TRL's LoRA in bfloat16, to which it rounds that of a quantised model.
     dense_mask: give fastdpo's shared rows a dense mask in the place of segments.
     environment: variables of the process.
+    tree: checkout whose fastdpo runs; "" for this one.
     """
 
     trainer: str
@@ -51,6 +51,23 @@ class Contender:
     rounded_lora: bool = False
     dense_mask: bool = False
     environment: dict[str, str] = field(default_factory=dict)
+    tree: str = ""
+
+    def written(self) -> str:
+        """For the command line of its process, which belongs to the tree already: JSON of what differs from the
+        defaults, so that drivers of other trees read it too."""
+        return json.dumps(differing(self, "tree"))
+
+
+def differing(instance: Any, *left_out: str) -> dict[str, Any]:
+    """Fields of a dataclass that do not hold their defaults, or have none."""
+    found = {}
+    for each in fields(instance):
+        value = getattr(instance, each.name)
+        plain = each.default if each.default_factory is MISSING else each.default_factory()
+        if each.name not in left_out and value != plain:
+            found[each.name] = value
+    return found
 
 
 @dataclass(frozen=True)
@@ -151,6 +168,8 @@ def build(contender: Contender, case: TrainingCase, output_dir: str, clock: Step
     )
     model = load_model(config)
     if contender.dense_mask:
+        from fastdpo.training.rows import choice as layout_choice
+
         layout_choice.segment_obstacle = lambda *_: "the benchmark asks for a dense mask"
     trainer = TRAINERS[contender.trainer](
         model,
@@ -167,17 +186,11 @@ def build(contender: Contender, case: TrainingCase, output_dir: str, clock: Step
 
 def measure(contender: Contender, case: TrainingCase, gradients: Path | None = None) -> Outcome:
     """Train over all pairs once. `gradients`: a safetensors file for those of the first step."""
-    clock, losses = StepClock(gradients), []
+    clock = StepClock(gradients)
+    losses: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         trainer = build(contender, case, folder, clock)
-        step = trainer.training_step
-
-        def recorded(*args: Any, **kwargs: Any) -> Tensor:
-            loss = step(*args, **kwargs)
-            losses.append(float(loss))
-            return loss
-
-        trainer.training_step = recorded
+        record_losses(trainer, losses)
         resident = reset_peak()
         clock.mark()
         trainer.train()
@@ -189,6 +202,18 @@ def measure(contender: Contender, case: TrainingCase, gradients: Path | None = N
     return Outcome(clock.spent(0), clock.spent(1), growth, resident, sum(losses[:micro_batches]))
 
 
+def record_losses(trainer: Trainer, losses: list[float]) -> None:
+    """Append to `losses` what every later call of `training_step` returns."""
+    step = trainer.training_step
+
+    def recorded(*args: Any, **kwargs: Any) -> Tensor:
+        loss = step(*args, **kwargs)
+        losses.append(float(loss))
+        return loss
+
+    trainer.training_step = recorded
+
+
 def quieten() -> None:
     """Nothing but the outcome goes to the output."""
     datasets.disable_progress_bars()
@@ -196,6 +221,12 @@ def quieten() -> None:
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
+
+
+def check_environment(contender: Contender) -> None:
+    """Raises ValueError where this process does not have the contender's variables."""
+    if missing := {name for name, value in contender.environment.items() if os.environ.get(name) != value}:
+        raise ValueError(f"start this process with {', '.join(sorted(missing))} as in the contender's environment")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -206,8 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--gradients", type=Path, help="save the first step's gradients here")
     options = parser.parse_args(arguments)
     contender = Contender(**options.contender)
-    if missing := {name for name, value in contender.environment.items() if os.environ.get(name) != value}:
-        parser.error(f"start this process with {', '.join(sorted(missing))} as in the contender's environment")
+    check_environment(contender)
     torch.set_num_threads(options.threads)
     quieten()
     outcome = measure(contender, TrainingCase(**options.case), options.gradients)

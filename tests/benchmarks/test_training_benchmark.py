@@ -1,9 +1,8 @@
-"""The benchmark of the training step: its pairs, its agreement, its ratios, and where the profiler books time."""
+"""The benchmark of the training step: its pairs, its agreement, its ratios."""
 
 from __future__ import annotations
 
 import subprocess
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +12,7 @@ from safetensors.torch import save_file
 from tiny import llama, tokenizer
 from torch import nn
 
-from benchmarks import profile_step, training, training_run
-from benchmarks.profile_step import Product
+from benchmarks import process, training, training_run
 from benchmarks.settings import Settings
 from benchmarks.training_cases import TrainingCase, count_tokens, preference_ids, set_lora
 from benchmarks.training_run import Contender, Outcome
@@ -113,7 +111,7 @@ def test_failure_of_a_process_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def failed(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 1, "", "Traceback\nModuleNotFoundError: No module named 'trl'\n")
 
-    monkeypatch.setattr(training.subprocess, "run", failed)
+    monkeypatch.setattr(process.subprocess, "run", failed)
     with pytest.raises(ModuleNotFoundError, match="No module named 'trl'"):
         training.start(Contender("trl"), CASE, 1)
 
@@ -148,39 +146,3 @@ def test_outcome_of_a_run(outcomes: training.Bench) -> None:
     assert len(outcome.seconds) == len(outcome.cpu_seconds) == CASE.steps
     assert outcome.growth >= 0
     assert outcome.resident > 100 * 2**20
-
-
-def test_profile_books_forward_and_backward_on_the_part() -> None:
-    """x W₁ᵀ in a norm, then W₂ outside of any part: one product each in the forward, one and two in the backward."""
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.outside = nn.Linear(4, 6, bias=False), nn.Linear(6, 2, bias=False)
-            self.norm.weight.requires_grad_(False)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            hidden: torch.Tensor = self.outside(self.norm(x).exp())
-            return hidden
-
-    model = Model()
-    profile_step._label(model.norm, profile_step.NORMS)
-    with profile_step.profile(activities=[profile_step.ProfilerActivity.CPU], record_shapes=True) as profiler:
-        model(torch.randn(3, 4, requires_grad=True)).sum().backward()
-    found = profile_step.account(profiler.events())
-    assert found.products[profile_step.NORMS] == Counter(
-        {Product(3, 4, 6, transposed=True): 1, Product(3, 6, 4, transposed=False): 1}
-    )
-    # Forward, and the gradients of input and weight
-    assert sum(found.products[profile_step.OTHER].values()) == 3
-    assert found.spent[profile_step.NORMS] > 0
-
-
-def test_parts_of_a_model_are_labelled() -> None:
-    model = llama()
-    profile_step.label_parts(model)
-    with profile_step.profile(activities=[profile_step.ProfilerActivity.CPU]) as profiler:
-        model(torch.arange(5)[None])
-    labels = {event.name for event in profiler.events() if event.name.startswith(profile_step._LABEL)}
-    expected = (profile_step.NORMS, profile_step.ATTENTION, profile_step.ACTIVATION)
-    assert labels == {profile_step._LABEL + part for part in expected}
