@@ -111,8 +111,8 @@ class Arena:
         self.copies, self.inputs = copies, inputs
         self._buffers: list[Buffer] = []
         self._top = 0  # of the last buffer
-        self._live = 0
-        self._above: Place | None = None  # the input that was stored last, of the same micro-batch
+        self._kept: set[Place] = set()
+        self._last: Place | None = None  # the input that was stored last, of the same micro-batch
         self._stored = 0  # of this micro-batch
 
     @property
@@ -123,11 +123,11 @@ class Arena:
     @property
     def live(self) -> int:
         """Inputs that are kept."""
-        return self._live
+        return len(self._kept)
 
     def reserve(self, size: int) -> None:
         """Hold `size` bytes in one buffer, or what there is where that is more. Only while nothing is kept."""
-        assert not self._live
+        assert not self._kept
         size = max(_rounded(size, mmap.PAGESIZE), self.size)
         if [each.tensor.numel() for each in self._buffers] == [size]:
             return
@@ -136,18 +136,20 @@ class Arena:
 
     def release(self) -> None:
         """Give the host's memory back. Only while nothing is kept."""
-        assert not self._live
+        assert not self._kept
+        self._last = None
         while self._buffers:
             self._buffers.pop().close()
 
     def store(self, tensor: Tensor) -> Ticket:
         """Begin to copy `tensor` to the host. It has to stay as it is until `stored` was called."""
-        place = Place(self._take(tensor), tensor.device, self._above)
+        host = self._take(tensor)
+        place = Place(host, tensor.device, self._last)
         ticket = Ticket(place)
-        self._live += 1
+        self._kept.add(place)
         weakref.finalize(ticket, self._give_back, place).atexit = False
+        self._last = place
         self._stored += 1
-        self._above = place if self._stored < self.inputs else None
         self.copies.stream.wait_event(self.copies.computing().record_event())  # by then the input is computed
         self.copies.copy(place.host, tensor)
         place.stored = self.copies.stream.record_event()
@@ -180,11 +182,11 @@ class Arena:
 
     def _take(self, tensor: Tensor) -> Tensor:
         size = _rounded(tensor.numel() * tensor.element_size(), ALIGNMENT)
-        if not self._live:
-            self._top, self._above, self._stored = 0, None, 0
+        if not self._kept:
+            self._top, self._last, self._stored = 0, None, 0
             self.reserve(self.inputs * size)
         elif self._stored == self.inputs:  # of another micro-batch, whose graph is still there
-            self._above, self._stored = None, 0
+            self._last, self._stored = None, 0
         if self._top + size > self._buffers[-1].tensor.numel():
             rest = max(1, self.inputs - self._stored) * size
             self._buffers.append(self.copies.buffer(_rounded(rest, mmap.PAGESIZE)))
@@ -197,6 +199,4 @@ class Arena:
         if place.tensor is not None:  # nobody has asked for it, and it may still be written to
             place.stream.wait_event(place.arrived)
         place.tensor, place.below, place.released = None, None, True
-        self._live -= 1
-        if not self._live and len(self._buffers) > 1:
-            self.reserve(self.size)
+        self._kept.discard(place)
