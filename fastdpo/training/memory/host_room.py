@@ -58,8 +58,8 @@ class HostRoom:
 
     Args:
         args: the run's options. inputs: of the policy's layers.
-        free: bytes that the machine still has; read once, before any rank takes of them.
         over_ranks: the largest of all ranks' values.
+        free: bytes that the machine still has, before any rank takes of them.
     """
 
     def __init__(
@@ -67,25 +67,24 @@ class HostRoom:
         args: FastDPOConfig,
         inputs: LayerInputs,
         over_ranks: Callable[[int], int],
-        free: Callable[[], int] = free_host_memory,
+        free: int,
     ) -> None:
         self.args, self.inputs = args, inputs
         self.processes = processes_here()
-        self.bytes = -over_ranks(-int(_SHARE * free() / self.processes))
+        self.bytes = -over_ranks(-int(_SHARE * free / self.processes))
         #: The most tokens of a micro-batch whose inputs it holds.
         self.tokens = inputs.tokens_within(self.bytes)
 
     def check(self, longest: int, most: int) -> None:
         """longest: tokens of the longest pair. most: tokens of the largest micro-batch. Raises OutOfMemory where either
         is more than the host holds."""
-        tokens = longest if longest > self.tokens else most
-        if tokens <= self.tokens:
-            return
         if longest > self.tokens:
-            what, which = f"max_length ({self.args.max_length} now)", "the longest pair"
-        else:
+            tokens, which, what = longest, "the longest pair", f"max_length ({self.args.max_length} now)"
+        elif most > self.tokens:
+            tokens, which = most, f"micro_batch_tokens={self.args.micro_batch_tokens!r}, a micro-batch"
             what = f"micro_batch_tokens to {self.tokens}"
-            which = f"micro_batch_tokens={self.args.micro_batch_tokens!r}, a micro-batch"
+        else:
+            return
         shared = f" to each of {self.processes} processes" if self.processes > 1 else ""
         raise OutOfMemory(
             f"activation_offloading={self.args.activation_offloading} keeps the inputs of {self.inputs.layers} layers on "

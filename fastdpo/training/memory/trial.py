@@ -20,7 +20,7 @@ from torch import nn
 from fastdpo.training.memory.counting import Line, LiveBytes, workspaces
 from fastdpo.training.memory.head_workspace import cpu_head_workspace
 from fastdpo.training.memory.host import HEAP_SHARE, map_large_blocks
-from fastdpo.training.memory.host_room import HostRoom
+from fastdpo.training.memory.host_room import HostRoom, free_host_memory
 from fastdpo.training.memory.plan import (
     ADVICE,
     SCORING_BUDGET_FACTOR,
@@ -94,7 +94,7 @@ class MemoryTrial:
         """
         inputs = self.memory.layer_inputs
         if inputs is not None and self._room is None:
-            self._room = HostRoom(self.args, inputs, self.memory.over_ranks)
+            self._room = HostRoom(self.args, inputs, self.memory.over_ranks, free_host_memory())
             longest = self.longest(dataset)[1]
             self._room.check(longest, longest if self._tries() else self._largest(longest))
             self._settle_budget(dataset)
