@@ -1,4 +1,4 @@
-"""The inputs of checkpointed layers on the host: one pinned buffer for those of a micro-batch, and the way there and back.
+"""The inputs of checkpointed layers on the host: a pinned buffer for those of a micro-batch, and the way there and back.
 
 Forward: an input's copy to the host begins before its layer and travels while the layer computes; behind the layer the
 device waits for it, so that the input can be freed at once. Backward: a layer's input is asked for when the layer is
@@ -58,8 +58,9 @@ class Buffer(Protocol):
 class Copies(Protocol):
     """Copies between a device and the host."""
 
-    #: On which they run.
-    stream: Stream
+    @property
+    def stream(self) -> Stream:
+        """On which they run, one after the other."""
 
     def computing(self) -> Stream:
         """The stream on which the caller's kernels are queued."""

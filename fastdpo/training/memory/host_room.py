@@ -87,8 +87,8 @@ class HostRoom:
             return
         shared = f" to each of {self.processes} processes" if self.processes > 1 else ""
         raise OutOfMemory(
-            f"activation_offloading={self.args.activation_offloading} keeps the inputs of {self.inputs.layers} layers on "
-            f"the host: {_gb(self.inputs.bytes(tokens))} for {which} of {tokens} tokens. Its free memory leaves "
+            f"activation_offloading={self.args.activation_offloading} keeps the inputs of {self.inputs.layers} layers "
+            f"on the host: {_gb(self.inputs.bytes(tokens))} for {which} of {tokens} tokens. Its free memory leaves "
             f"{_gb(self.bytes)}{shared}, which holds {self.tokens} tokens. Lower {what}, give the machine or container "
             "more memory, or drop activation_offloading."
         )

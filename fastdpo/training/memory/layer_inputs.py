@@ -1,11 +1,11 @@
 """Layer inputs on the host: what checkpointed layers keep goes into an `Arena` in the place of the device's memory.
 
-transformers has each layer call `_gradient_checkpointing_func(forward, hidden_states, ...)`, torch's `checkpoint`, which
-saves the tensors that it is given by position. Hooks around that call see them: the hidden states go into the arena, as
-they are a layer's own; what all layers share (positions, masks) stays on the device, once. What the layer computes
-inside is recomputed and never saved, so it does not pass the hooks. With `use_reentrant=True` torch saves behind the
-layer: nothing hides the copy then, and the rest is the same. With FSDP2, whose hooks are outside of what is recomputed,
-each rank keeps its own inputs.
+transformers has each layer call `_gradient_checkpointing_func(forward, hidden_states, ...)`, torch's `checkpoint`, and
+that saves the tensors which it is given by position. Hooks around the call see them: the hidden states go into the
+arena, as they are a layer's own; what all layers share (positions, masks) stays on the device, once. What the layer
+computes inside is recomputed and never saved, so it does not pass the hooks. With `use_reentrant=True` torch saves
+behind the layer: nothing hides the copy then, and the rest is the same. With FSDP2, whose hooks are outside of what is
+recomputed, each rank keeps its own inputs.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class LayerInputs:
         hidden = next((each for each in args if isinstance(each, Tensor) and each.is_floating_point()), None)
         if hidden is None:
             raise ValueError(
-                f"activation_offloading=True: {_layer_of(function)} is not given its hidden states by position, so they "
-                "cannot be moved. Drop activation_offloading."
+                f"activation_offloading=True: {_layer_of(function)} is not given its hidden states by position, so "
+                "they cannot be moved. Drop activation_offloading."
             )
         seen = _Seen(self.arena, hidden)
         del hidden

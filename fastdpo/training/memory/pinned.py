@@ -3,7 +3,7 @@
 Memory comes from torch's allocator of the CPU and is registered with the driver (`cudaHostRegister`). `pin_memory=True`
 would take it from torch's pinned allocator, which rounds up to powers of two and keeps what is freed: 18 GB of layer
 inputs take 34 there. Registered memory belongs to no allocator that knows of copies in flight, so it is given back
-behind the last of them. The driver locks the pages itself: a process' limit of locked memory (ulimit -l) does not count.
+behind the last of them. The driver locks the pages itself: a limit of locked memory (ulimit -l) does not count.
 """
 
 from __future__ import annotations

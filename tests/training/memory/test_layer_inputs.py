@@ -136,6 +136,7 @@ def test_memory_of_an_input_on_its_way_is_given_back_behind_its_copy(
     model = checkpointed(tiny.llama(num_hidden_layers=3, vocab_size=97))
     copies = LateCopies()
     inputs = LayerInputs(model, copies)
+
     def fail(grad: Tensor) -> Tensor:
         raise torch.OutOfMemoryError("injected")
 
@@ -316,7 +317,7 @@ def test_too_little_memory_on_the_host_ends_a_run_before_it_computes(
     monkeypatch.setattr(memory_trial, "free_host_memory", lambda: 2 * 30 * 32 * 4)
     trainer = tiny.trainer(tmp_path, gradient_checkpointing=True)
     trainer.parts.memory.layer_inputs = LayerInputs(trainer.model, copies := LateCopies())
-    with pytest.raises(OutOfMemory, match="keeps the inputs of 2 layers on the host.*for the longest pair of "):
+    with pytest.raises(OutOfMemory, match=r"keeps the inputs of 2 layers on the host.*for the longest pair of "):
         trainer.train()
     assert copies.buffers == []
     assert all(p.grad is None for p in trainer.model.parameters())
