@@ -1,4 +1,4 @@
-"""The inputs of checkpointed layers on the host: a pinned buffer for those of a micro-batch, and the way there and back.
+"""Inputs of checkpointed layers on the host: a pinned buffer for those of a micro-batch, and the way there and back.
 
 Forward: an input's copy to the host begins before its layer and travels while the layer computes; behind the layer the
 device waits for it, so that the input can be freed at once. Backward: a layer's input is asked for when the layer is
@@ -110,7 +110,7 @@ class Arena:
 
     def __init__(self, copies: Copies, inputs: int) -> None:
         self.copies, self.inputs = copies, inputs
-        self._buffers: list[Buffer] = []
+        self._blocks: list[Buffer] = []
         self._top = 0  # of the last buffer
         self._kept: set[Place] = set()
         self._last: Place | None = None  # the input that was stored last, of the same micro-batch
@@ -119,7 +119,7 @@ class Arena:
     @property
     def size(self) -> int:
         """Bytes of host memory that are taken."""
-        return sum(each.tensor.numel() for each in self._buffers)
+        return sum(each.tensor.numel() for each in self._blocks)
 
     @property
     def live(self) -> int:
@@ -130,17 +130,17 @@ class Arena:
         """Hold `size` bytes in one buffer, or what there is where that is more. Only while nothing is kept."""
         assert not self._kept
         size = max(_rounded(size, mmap.PAGESIZE), self.size)
-        if [each.tensor.numel() for each in self._buffers] == [size]:
+        if [each.tensor.numel() for each in self._blocks] == [size]:
             return
         self.release()
-        self._buffers = [self.copies.buffer(size)]
+        self._blocks = [self.copies.buffer(size)]
 
     def release(self) -> None:
         """Give the host's memory back. Only while nothing is kept."""
         assert not self._kept
         self._last = None
-        while self._buffers:
-            self._buffers.pop().close()
+        while self._blocks:
+            self._blocks.pop().close()
 
     def store(self, tensor: Tensor) -> Ticket:
         """Begin to copy `tensor` to the host. It has to stay as it is until `stored` was called."""
@@ -188,12 +188,12 @@ class Arena:
             self.reserve(self.inputs * size)
         elif self._stored == self.inputs:  # of another micro-batch, whose graph is still there
             self._last, self._stored = None, 0
-        if self._top + size > self._buffers[-1].tensor.numel():
+        if self._top + size > self._blocks[-1].tensor.numel():
             rest = max(1, self.inputs - self._stored) * size
-            self._buffers.append(self.copies.buffer(_rounded(rest, mmap.PAGESIZE)))
+            self._blocks.append(self.copies.buffer(_rounded(rest, mmap.PAGESIZE)))
             self._top = 0
         start, self._top = self._top, self._top + size
-        held = self._buffers[-1].tensor[start : start + tensor.numel() * tensor.element_size()]
+        held = self._blocks[-1].tensor[start : start + tensor.numel() * tensor.element_size()]
         return held.view(tensor.dtype).view(tensor.shape)
 
     def _give_back(self, place: Place) -> None:

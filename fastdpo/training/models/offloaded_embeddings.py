@@ -97,4 +97,7 @@ def _stay(self: Any, convert: Any, recurse: bool = True) -> Any:
     where rows go."""
     probe = convert(torch.empty(0, dtype=self.weight.dtype, device=self.rows_for))
     self.rows_for = probe.device
-    return type(self)._apply(self, lambda tensor: tensor.to(probe.dtype) if tensor.is_floating_point() else tensor)
+    for _, tensor in _tensors(self):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(probe.dtype)
+    return self
