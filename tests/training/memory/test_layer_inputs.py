@@ -23,6 +23,7 @@ from fastdpo.training.memory import OutOfMemory
 from fastdpo.training.memory import trial as memory_trial
 from fastdpo.training.memory.arena import Arena, arena_bytes
 from fastdpo.training.memory.layer_inputs import LayerInputs
+from fastdpo.training.memory.pinned import CudaCopies
 from fastdpo.training.memory.plan import enable_checkpointing
 
 IDS = torch.arange(2 * 11).reshape(2, 11) % 97
@@ -160,6 +161,24 @@ def test_memory_of_an_input_on_its_way_is_given_back_behind_its_copy(
     assert bool(copies.faults) is not waits
 
 
+@pytest.mark.gpu
+def test_gradients_on_a_card_are_those_of_inputs_on_it() -> None:
+    """To the bit, with an attention and an embedding whose backwards add up in one order."""
+    device = torch.device("cuda")
+    model = tiny.llama(num_hidden_layers=6, vocab_size=97, hidden_size=256, attn_implementation="eager")
+    model.model.embed_tokens.weight.requires_grad_(False)
+    model = checkpointed(model.to(device))
+    ids = IDS.repeat(8, 8).to(device)
+    loss_of(model, ids).backward()
+    expected = gradients(model)
+    inputs = LayerInputs(model, copies := CudaCopies(device))
+    assert copies.buffer(mmap.PAGESIZE).tensor.is_pinned()
+    for _ in range(3):
+        loss_of(model, ids).backward()
+        assert_equal(gradients(model), expected)
+    assert inputs.arena.size == inputs.bytes(ids.numel())
+
+
 # The buffer
 
 
@@ -249,13 +268,25 @@ def test_bytes_are_the_inputs_own_to_a_page_and_their_alignment(
 # In a run
 
 
-@pytest.mark.parametrize("kind", ["plain", "dynamic"])
-def test_a_run_is_the_same_to_the_bit(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kind",
+    # Where hardly a pair is kept, there are graphs that never go backward
+    [{}, CUTS["dynamic"], {"dynamic_beta": True, "keep_ratio": 0.15}],
+    ids=["plain", "dynamic", "filtered"],
+)
+def test_a_run_is_the_same_to_the_bit(kind: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Micro-batches, a graph that is kept while others pass without gradients, evaluation, and memory that runs out in
-    the middle: in the forward of a layer, and behind it."""
-    options: dict[str, Any] = CUTS[kind] | {
+    the middle of a forward."""
+    kept, store = [], Arena.store
+
+    def counted(self: Arena, tensor: Tensor) -> Any:
+        kept.append(self.live)
+        return store(self, tensor)
+
+    monkeypatch.setattr(Arena, "store", counted)
+    options: dict[str, Any] = kind | {
         "data": tiny.pairs(16), "eval_dataset": tiny.pairs(5, seed=1), "eval_strategy": "epoch", "num_train_epochs": 2,
-        "micro_batch_tokens": 200, "gradient_checkpointing": True, "per_device_train_batch_size": 8,
+        "micro_batch_tokens": 100, "gradient_checkpointing": True, "per_device_train_batch_size": 8,
     }  # fmt: skip
     outcomes, copies = [], LateCopies()
     for offloaded in (False, True):
@@ -276,6 +307,7 @@ def test_a_run_is_the_same_to_the_bit(kind: str, tmp_path: Path) -> None:
     assert len(copies.out) > len(copies.back) > 0
     assert trainer.parts.memory.layer_inputs.arena.live == 0
     assert sum(not each.closed for each in copies.buffers) == 1
+    assert max(kept) == 2, "never those of two graphs"
 
 
 class RunsOut:
