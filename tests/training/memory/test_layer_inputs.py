@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import mmap
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,21 @@ def test_every_so_many_layers_and_reentrant() -> None:
     reentrant.model.embed_tokens.weight.requires_grad_(False)
     reentrant.enable_input_require_grads()
     assert len(compared(checkpointed(reentrant, use_reentrant=True)).out) == 3
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_graph_keeps_no_input_on_the_device(reentrant: bool) -> None:
+    model = checkpointed(tiny.llama(num_hidden_layers=3, vocab_size=97), use_reentrant=reentrant)
+    if reentrant:
+        model.enable_input_require_grads()
+    LayerInputs(model, copies := LateCopies())
+    seen: list[Any] = []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda _, args: seen.append(weakref.ref(args[0].untyped_storage())))
+    with copies:
+        loss = loss_of(model)
+        assert [each() for each in seen] == [None] * 3
+        loss.backward()
 
 
 def test_an_input_is_on_its_way_while_the_layer_above_is_recomputed() -> None:
