@@ -371,7 +371,21 @@ def test_too_little_memory_on_the_host_ends_a_run_before_it_computes(
     assert all(p.grad is None for p in trainer.model.parameters())
 
 
-# What cannot be served
+# What is moved, and what cannot be
+
+
+def test_what_layers_share_stays_on_the_device() -> None:
+    """Positions, whole numbers, before the hidden states, and a mask, of floats, behind them."""
+    model = checkpointed(tiny.llama(vocab_size=97))
+    LayerInputs(model, copies := LateCopies())
+    call = model.model.layers[0]._gradient_checkpointing_func
+    positions, hidden, mask = torch.arange(5), torch.rand(5, requires_grad=True), torch.rand(5)
+    with copies:
+        call(lambda at, x, shared: (x * x + shared)[at].sum(), positions, hidden, mask).backward()
+    assert len(copies.out) == len(copies.back) == 1
+    assert torch.equal(hidden.grad, 2 * hidden), "by hand"
+    with pytest.raises(ValueError, match="a layer is not given its hidden states by position"):
+        call(lambda at: at, positions)
 
 
 def test_a_layer_that_writes_into_its_input_is_refused() -> None:
