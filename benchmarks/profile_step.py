@@ -202,6 +202,8 @@ def _innermost(chain: Iterable[FunctionEvent]) -> str | None:
             return name.removeprefix(PREFIX)
         if name.startswith("Optimizer.") or "clip_grad" in name:
             return OPTIMIZER
+        if name.startswith("fastdpo::segment_attention"):
+            return ATTENTION
         if name.startswith("fastdpo::") or "logprob" in name.lower():
             return HEAD
     return None

@@ -8,9 +8,12 @@ from typing import Any
 
 import tiny
 import torch
+from late_copies import LateCopies
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from worker import leave
+
+from fastdpo.training.memory.layer_inputs import LayerInputs
 
 
 def load(job: dict[str, Any]) -> PreTrainedModel:
@@ -35,7 +38,10 @@ def build(job: dict[str, Any]) -> Any:
         options["ref_model"] = load(job)
     if "eval_pairs" in job:
         options["eval_dataset"] = tiny.pairs(job["eval_pairs"], seed=9)
-    return tiny.trainer(job["folder"], model=load(job), data=tiny.pairs(job["pairs"]), **options)
+    trainer = tiny.trainer(job["folder"], model=load(job), data=tiny.pairs(job["pairs"]), **options)
+    if job.get("offloaded"):
+        trainer.parts.memory.layer_inputs = LayerInputs(trainer.model, LateCopies())
+    return trainer
 
 
 def outcome(job: dict[str, Any], trainer: Any) -> dict[str, Any]:
@@ -54,7 +60,10 @@ def outcome(job: dict[str, Any], trainer: Any) -> dict[str, Any]:
     if trainer.dynamic_beta is not None:
         weights |= {f"dynamic_beta.{name}": value for name, value in trainer.dynamic_beta.state_dict().items()}
     replicated = [name for name, p in parameters.items() if not isinstance(p, DTensor)]
-    return {"weights": weights, "log": log, "before": before, "after": after, "replicated": replicated}
+    found = {"weights": weights, "log": log, "before": before, "after": after, "replicated": replicated}
+    if inputs := trainer.parts.memory.layer_inputs:
+        found |= {"faults": inputs.arena.copies.faults, "kept": inputs.arena.live, "moved": inputs.arena.copies.out}
+    return found
 
 
 def main(job: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from fastdpo.commands.options import make_parser, option_file, parse
 from fastdpo.commands.stages import beside, stage
 from fastdpo.data import ReadReport, read_preferences
 from fastdpo.shown import markup, shown, terminal
+from fastdpo.training.memory.segments import use_expandable_segments
 from fastdpo.training.models.loading import load_model, load_tokenizer, lora_config
 from fastdpo.training.options import DataConfig, FastDPOConfig, ModelConfig
 from fastdpo.training.options.fields import is_set
@@ -95,6 +96,7 @@ def run(
         with stage("loading the tokenizer"):
             tokenizer = load_tokenizer(model_config)
         with stage("loading the model"):
+            use_expandable_segments(args)
             model = load_model(model_config)
         with stage("preparing the run"):
             trainer = FastDPOTrainer(

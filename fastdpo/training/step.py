@@ -213,12 +213,14 @@ class _Attempt:
         kept = set(self.window.own_kept(None if plan is None else plan.keep))
 
         def train() -> None:
+            nonlocal held
             # Which examples are left is known only now
             rest = kept - set(first.members if first is not None else ())
             micros = self.passes.cut(self.batch, self.memory.train_tokens, rest)
             together = self.passes.sharding.enabled  # ranks then go backward together
             if held is not None and first is not None and (not kept.isdisjoint(first.members) or together):
                 self._backward(held, first, coefficients.at(first.indices))
+            held = None  # with its graph, also where nothing of it is kept; a repeated step scores it again
             for micro, real in self.passes.in_step(self.batch, micros):
                 result = self.passes.forward(self.model, micro)
                 self._backward(result, micro, coefficients.at(micro.indices), real)

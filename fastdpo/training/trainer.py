@@ -34,6 +34,7 @@ from fastdpo.loss.dynamic_beta import DynamicBeta
 from fastdpo.ops.backends import resolve_backend
 from fastdpo.shown import shown
 from fastdpo.training.datasets import Tokenization
+from fastdpo.training.memory.segments import use_expandable_segments
 from fastdpo.training.models.limits import limits_of
 from fastdpo.training.models.quantized import is_quantized
 from fastdpo.training.models.setup import (
@@ -50,6 +51,7 @@ from fastdpo.training.objectives import Objective, Plan, PreferenceObjective, re
 from fastdpo.training.options import FastDPOConfig
 from fastdpo.training.options.best_metric import check_best_metric
 from fastdpo.training.options.built import BuiltOptions
+from fastdpo.training.options.refused import refuse_sharded_embeddings
 from fastdpo.training.parts import Parts
 from fastdpo.training.rows import GlobalBatch
 from fastdpo.training.rows.attention import prepare_deterministic
@@ -126,6 +128,7 @@ class FastDPOTrainer(SavingTrainer):
                 "launch), or choose one with CUDA_VISIBLE_DEVICES."
             )
         resolve_backend(args.backend, args.device)
+        use_expandable_segments(args)  # before a model named here is loaded
         if args.deterministic_attention:
             prepare_deterministic()
         set_seed(args.seed)  # fresh adapters are random
@@ -155,6 +158,8 @@ class FastDPOTrainer(SavingTrainer):
             check_best_metric(self.args.metric_for_best_model, self.objective.evaluated, sets)
         if self.is_deepspeed_enabled:
             raise ValueError("DeepSpeed is not supported; shard with FSDP2 (fsdp=True), or launch with torchrun.")
+        if self.is_fsdp_enabled:  # also by accelerate's own file
+            refuse_sharded_embeddings(self.args)
         if ref_model is not None and not is_quantized(ref_model) and not self.is_fsdp_enabled:
             self._move_model_to_device(ref_model, self.args.device)
         self.parts = Parts.build(

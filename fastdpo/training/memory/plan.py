@@ -18,6 +18,8 @@ from accelerate.utils.memory import should_reduce_batch_size
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from fastdpo.training.memory.layer_inputs import LayerInputs
+from fastdpo.training.memory.pinned import CudaCopies
 from fastdpo.training.options import FastDPOConfig
 from fastdpo.training.ranks import Ranks
 
@@ -64,7 +66,7 @@ class MemoryPlan:
     """Settings that follow the memory; `args.checkpointing` is the option `gradient_checkpointing`.
 
     train_tokens, score_tokens: budgets of passes that keep activations, and of those that don't.
-    checkpointing: whether layers keep their inputs only.
+    checkpointing: whether layers keep their inputs only. layer_inputs: where, if that is the host.
     repeats: whether a step can be repeated; with FSDP, ranks wait for each other in the middle of a forward."""
 
     def __init__(self, args: FastDPOConfig, model: PreTrainedModel, ranks: Ranks, *, repeats: bool = True) -> None:
@@ -72,6 +74,7 @@ class MemoryPlan:
         self.train_tokens = args.train_token_budget
         self.score_tokens = SCORING_BUDGET_FACTOR * self.train_tokens
         self.checkpointing = False
+        self.layer_inputs: LayerInputs | None = None
         self.settled = args.micro_batch_tokens != "auto"
         if args.checkpointing == "true" or args.activation_offloading:
             self.checkpoint_layers()
@@ -80,11 +83,13 @@ class MemoryPlan:
         """Switch checkpointing on, with the run's arguments for it."""
         name = checkpointing_name(self.model)
         kwargs: dict[str, Any] = {"use_reentrant": False} | (getattr(self.args, f"{name}_checkpointing_kwargs") or {})
-        own = {"every_n_layers": kwargs.pop("every_n_layers", 1), "offload": kwargs.pop("offload", False)}
-        own["offload"] |= self.args.activation_offloading
-        enable_checkpointing(self.model, kwargs, **own)
+        offload = kwargs.pop("offload", False) or self.args.activation_offloading
+        every = kwargs.pop("every_n_layers", 1)
+        enable_checkpointing(self.model, kwargs, every_n_layers=every)
         if isinstance(self.model, PeftModel) and kwargs["use_reentrant"]:
             self.model.enable_input_require_grads()
+        if offload:
+            self.layer_inputs = LayerInputs(self.model, CudaCopies(self.args.device))
         self.checkpointing = True
 
     def settle(self, tokens: int) -> None:

@@ -21,6 +21,7 @@ from torch import nn
 from fastdpo.training.memory.counting import Line, LiveBytes, workspaces
 from fastdpo.training.memory.head_workspace import cpu_head_workspace
 from fastdpo.training.memory.host import HEAP_SHARE, map_large_blocks
+from fastdpo.training.memory.host_room import HostRoom, free_host_memory
 from fastdpo.training.memory.plan import (
     ADVICE,
     SCORING_BUDGET_FACTOR,
@@ -85,12 +86,33 @@ class MemoryTrial:
     ) -> None:
         self.args, self.model, self.memory, self.layouts, self.active = args, model, memory, layouts, active
         self.make_batch, self.score, self.train = make_batch, score, train
+        self._room: HostRoom | None = None
 
     def settle(self, dataset: Dataset) -> None:
-        """Find the budget where it is to be found. dataset: tokenised, to be trained on."""
+        """Find the budget where it is to be found, and see that the host holds what goes there. dataset: tokenised, to
+        be trained on.
+
+        Raises OutOfMemory where the longest pair, or a stated budget, is too much.
+        """
+        inputs = self.memory.layer_inputs
+        if inputs is not None and self._room is None:
+            self._room = HostRoom(self.args, inputs, self.memory.over_ranks, free_host_memory())
+            longest = self.longest(dataset)[1]
+            self._room.check(longest, longest if self._tries() else self._largest(longest))
+            self._settle_budget(dataset)
+            inputs.arena.reserve(inputs.bytes(self._largest(longest)))  # all of it at once
+            logger.info("layer inputs: %.2f GB of the host's memory", inputs.arena.size / 1e9)
+        else:
+            self._settle_budget(dataset)
+
+    def _tries(self) -> bool:
+        """Whether the budget is found by trial."""
+        return not self.memory.settled and self.args.device.type == "cuda" and self.memory.repeats
+
+    def _settle_budget(self, dataset: Dataset) -> None:
         if self.memory.settled:
             return
-        if self.args.device.type == "cuda" and self.memory.repeats:
+        if self._tries():
             self.memory.settle(self._found_by_trial(dataset))
         elif self.args.device.type == "cuda" and self.args.memory_limit is not None:
             raise ValueError(
@@ -113,6 +135,10 @@ class MemoryTrial:
         rows = [dataset[i] for i in order[: self.args.train_batch_size]]
         return rows, max(self.make_batch(rows).tokens(self.layouts.layout))
 
+    def _largest(self, longest: int) -> int:
+        """Tokens of the largest micro-batch; a pair that is longer than the budget goes alone."""
+        return max(longest, min(self.memory.train_tokens, longest * self.args.train_batch_size))
+
     def _trained_bytes(self) -> int:
         return sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
 
@@ -125,6 +151,8 @@ class MemoryTrial:
             share = min(1.0, self.args.memory_limit_bytes / total)
             torch.cuda.set_per_process_memory_fraction(share, self.args.device)
         cap = longest * self.args.train_batch_size
+        if self._room is not None:
+            cap = min(cap, self._room.tokens)
         found = largest_that_fits(lambda tokens: self.try_micro_batch(rows, tokens), longest, cap)
         if not found and self.args.checkpointing == "auto" and not self.memory.checkpointing:
             self.memory.checkpoint_layers()

@@ -17,6 +17,7 @@ from fastdpo.training.models.adapters import with_adapter
 from fastdpo.training.models.dropout import disable_dropout
 from fastdpo.training.models.finite import frozen_weights, nonfinite, trained_weights
 from fastdpo.training.models.loading import load_causal_lm, read_tokenizer
+from fastdpo.training.models.offloaded_embeddings import offload_embeddings
 from fastdpo.training.models.quantized import keep_quantized_layers_trainable
 from fastdpo.training.options import FastDPOConfig
 
@@ -59,12 +60,16 @@ def prepare_models(
     ref_model = None if ref_model is None else resolve_model(ref_model, args, quantization, "ref_model")
     check_models(model, ref_model, args)
     model = with_adapter(model, peft_config)
+    if ref_model is not None:
+        ref_model.requires_grad_(False)
     for argument, each in (("model", model), ("ref_model", ref_model)):
         if each is not None:
             check_finite(each, argument, args)
             keep_quantized_layers_trainable(each)
             if args.disable_dropout and (lost := disable_dropout(each)) and peft_config is not None:
                 logger.warning("disable_dropout=True switches off a dropout of %s. Set it False to keep it.", lost)
+            if args.offload_embeddings:
+                offload_embeddings(each, args.device, argument)
     return model, ref_model
 
 

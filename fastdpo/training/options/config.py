@@ -148,6 +148,20 @@ class FastDPOConfig(TrainingArguments):
     activation_offloading: bool = field(
         default=False, metadata={"help": "Keep what checkpointed layers need in the host's memory. Needs a GPU."}
     )
+    offload_embeddings: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the frozen input embedding in the host's memory and look its rows up there. Not where it is "
+            "trained or tied to the head. Needs a GPU."
+        },
+    )
+    expandable_segments: bool = field(
+        default=True,
+        metadata={
+            "help": "On a GPU, have torch's allocator grow its blocks, which loses less memory to fragments. The "
+            "environment's PYTORCH_ALLOC_CONF or PYTORCH_CUDA_ALLOC_CONF decides where one is set."
+        },
+    )
     prefix_sharing: str = field(
         default="auto",
         metadata={

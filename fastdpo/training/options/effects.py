@@ -57,6 +57,16 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Any, _OnGPU], Any], str], ...] = 
         "gradient_checkpointing=True saves memory here.",
     ),
     (
+        ("offload_embeddings",),
+        lambda args, gpu: gpu,
+        "it keeps the embedding from a GPU, and this run is on the host. Drop it.",
+    ),
+    (
+        ("expandable_segments",),
+        lambda args, gpu: gpu,
+        "this run is on a CPU, whose memory torch takes in another way. Drop it.",
+    ),
+    (
         ("reference_cache_dir",),
         lambda args, gpu: args.reference != "online",
         "reference='online' keeps nothing. Choose lazy or precompute.",

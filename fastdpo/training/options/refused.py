@@ -122,9 +122,20 @@ def refuse_unsupported_sharing(args: TrainingArguments) -> None:
             f"fsdp_config: version={version!r} is not supported by fastdpo {__version__}: FSDP1 flattens the "
             "parameters of a layer into one. Leave version out, or set it to 2."
         )
+    if args.fsdp:
+        refuse_sharded_embeddings(args)
     if (args.accelerator_config.gradient_accumulation_kwargs or {}).get("num_steps", 1) != 1:
         raise ValueError("accelerator_config: set gradient_accumulation_steps instead of num_steps.")
     if args.accelerator_config.split_batches or args.accelerator_config.dispatch_batches:
         raise ValueError("accelerator_config: split_batches and dispatch_batches are not supported; leave them off.")
     if not args.accelerator_config.even_batches:
         raise ValueError("accelerator_config: even_batches must stay on; wrapped pairs get zero weight here.")
+
+
+def refuse_sharded_embeddings(args: Any) -> None:
+    """Raise ValueError for `offload_embeddings` of a run with FSDP."""
+    if args.offload_embeddings:
+        raise ValueError(
+            "offload_embeddings=True: FSDP shards the embedding over the GPUs, and gathers it there. Drop "
+            "offload_embeddings, or fsdp."
+        )

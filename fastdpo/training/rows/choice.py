@@ -205,7 +205,7 @@ class LayoutChoice:
 
     def _dtype(self) -> torch.dtype:
         with self.autocast():
-            weight = base_model(self.models[0]).get_input_embeddings().weight
-            if torch.is_autocast_enabled(weight.device.type):
-                return torch.get_autocast_dtype(weight.device.type)
-        return weight.dtype
+            kind = self.ranks.device.type  # the embedding's own may be on the host
+            if torch.is_autocast_enabled(kind):
+                return torch.get_autocast_dtype(kind)
+        return base_model(self.models[0]).get_input_embeddings().weight.dtype

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdpo.training.models.offloaded_embeddings import remember
 from fastdpo.training.rows.attention import Segment, Segments
 from fastdpo.training.rows.transfer import to_device
 
@@ -197,12 +198,15 @@ def moved(micros: Sequence[MicroBatch], device: torch.device) -> list[MicroBatch
     """`micros` of the host on `device`, all of their tensors in one copy."""
     parts = [part for micro in micros for part in (micro, micro.segments) if part is not None]
     there = iter(to_device([getattr(part, name) for part in parts for name in _tensors(part)], device))
-    return [
+    found = [
         replace(
             _on_device(micro, there), segments=None if micro.segments is None else _on_device(micro.segments, there)
         )
         for micro in micros
     ]
+    for here, micro in zip(micros, found, strict=True):
+        remember(micro.input_ids, here.input_ids)
+    return found
 
 
 def _tensors(part: Any) -> list[str]:

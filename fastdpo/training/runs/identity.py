@@ -54,8 +54,8 @@ _SELECTION_OPTIONS = (
 )
 _NOTED_OPTIONS = (
     "max_steps", "num_train_epochs", "save_strategy", "save_steps", "save_total_limit", "eval_strategy", "eval_steps",
-    "logging_steps", "micro_batch_tokens", "memory_limit", "checkpointing", "activation_offloading", "prefix_sharing",
-    "packing", "lean_body", "reference", "backend", "fsdp",
+    "logging_steps", "micro_batch_tokens", "memory_limit", "checkpointing", "activation_offloading",
+    "offload_embeddings", "prefix_sharing", "packing", "lean_body", "reference", "backend", "fsdp",
 )  # fmt: skip
 #: Of a scheduler's state, what training moves.
 _MOVING = ("last_epoch", "verbose", "best", "num_bad_epochs", "cooldown_counter")
@@ -150,7 +150,7 @@ def run_identity(
         "device": args.device.type if args.device.type == "cpu" else torch.cuda.get_device_name(args.device),
         "fastdpo": __version__,
         "python": platform.python_version(),
-        **{name: _version(name) for name in _PACKAGES},
+        **{name: _installed(name) for name in _PACKAGES},
     }
     return Identity(replaced(_plain(fixed), repr), replaced(_plain(noted), repr))
 
@@ -250,7 +250,7 @@ def _plain_entries(values: Mapping[str, Any], without: Sequence[str]) -> dict[st
     return {name: value for name, value in used.items() if value is None or isinstance(value, plain)}
 
 
-def _version(package: str) -> str | None:
+def _installed(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -192,9 +192,9 @@ def _agrees_with_model(model: PreTrainedModel, head: Head) -> bool:
     so that all ranks decide alike without asking each other. From the output of the linear layer on, both sides compute
     in float32 at least: the run's precision hides nothing.
     """
-    embedding = model.get_input_embeddings().weight
-    # Ordinary tokens: special ones stand at either end of a vocabulary
-    tokens = torch.arange(1, _PROBE_TOKENS + 1, device=embedding.device) * len(embedding) // (_PROBE_TOKENS + 1)
+    rows = len(model.get_input_embeddings().weight)
+    # Ordinary tokens: special ones stand at either end of a vocabulary. The embedding itself may be on the host
+    tokens = torch.arange(1, _PROBE_TOKENS + 1, device=head.weight.device) * rows // (_PROBE_TOKENS + 1)
     outputs: list[Tensor] = []
     linear = head.module.forward
 

@@ -31,6 +31,8 @@ JOBS: dict[str, dict[str, Any]] = {
     "full": {"options": ADAM, "adapter": None, "eval_pairs": 10},
     "tied": {"options": SGD | {"learning_rate": 1e-2}, "adapter": None, "model": {"tie_word_embeddings": True}},
     "head saved": {"options": ADAM | {"save_strategy": "steps"}, "adapter": {"modules_to_save": ["lm_head"]}},
+    # Each rank with an arena of its own
+    "offloaded": {"options": SGD | {"gradient_checkpointing": True}, "offloaded": True},
     "qlora": {"options": SGD | {"reference": "online"}, "storage": "float32", "ref_model": True},
 }
 
@@ -73,6 +75,13 @@ def test_sharded_run_equals_the_run_in_one_process(name: str, sharded: dict[str,
         for key in other:
             if key in ("loss", "eval_loss", "grad_norm") or ("/" in key and not key.endswith("accuracies")):
                 assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-5), key
+
+
+@pytest.mark.slow
+def test_layer_inputs_of_a_sharded_run_go_to_the_host(sharded: dict[str, Any]) -> None:
+    found = sharded["results"]["offloaded"]
+    assert found["moved"]
+    assert (found["faults"], found["kept"]) == ([], 0)
 
 
 @pytest.mark.slow
