@@ -99,7 +99,7 @@ def profile_plan(name: str, settings: Settings) -> list[Figure]:
     clock = ProfiledStep(case.steps)
     with tempfile.TemporaryDirectory() as folder:
         trainer = build(Contender("fastdpo", options), case, folder, clock)
-        label_parts(trainer.model)
+        label_parts(trainer.model, trainer.parts.passes.bodies)
         clock.mark()
         trainer.train()
     seconds = clock.spent(0)[-1]
@@ -134,9 +134,12 @@ def figures(name: str, found: Profile, seconds: float, unprofiled: float, settin
     ]
 
 
-def label_parts(model: nn.Module) -> None:
-    """Let every module of a known kind name its part to the profiler."""
+def label_parts(model: nn.Module, bodies: Any = None) -> None:
+    """Let every module of a known kind name its part to the profiler, but those of lean bodies, which do so."""
+    lean = [name for body in getattr(bodies, "bodies", ()) for name in body.served]
     for name, module in model.named_modules():
+        if any(name == each or name.startswith(f"{each}.") for each in lean):
+            continue
         kind = type(module).__name__
         if isinstance(module, GradientCheckpointingLayer):
             # Recomputed in the midst of some node's backward, of whose part the layer's own operators are not

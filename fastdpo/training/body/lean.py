@@ -145,11 +145,12 @@ class LeanBody:
         changed = []
         try:
             for module, forward in self._forwards:
-                if replaced(module):
-                    raise RuntimeError(
-                        f"a {type(module).__name__} was given a hook or another forward after the trainer was built. "
-                        "Do that before, or set lean_body='off'."
-                    )
+                for each in module.modules():  # none of which is called
+                    if replaced(each):
+                        raise RuntimeError(
+                            f"a {type(each).__name__} was given a hook or another forward after the trainer was built. "
+                            "Do that before, or set lean_body='off'."
+                        )
                 vars(module)["forward"] = forward
                 changed.append(module)
             yield

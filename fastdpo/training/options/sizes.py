@@ -13,7 +13,7 @@ from fastdpo.training.options.unused import without_effect
 
 #: Tokens per micro-batch when `micro_batch_tokens` is "auto" on a CPU without a stated `memory_limit`: more of them
 #: make no product faster there.
-DEFAULT_MICRO_BATCH_TOKENS = 640
+DEFAULT_MICRO_BATCH_TOKENS = 1024
 #: The option `head_workspace` by default.
 HEAD_WORKSPACE = f"{WORKSPACE // 2**20}MiB"
 #: A number of bytes such as 4e9.
