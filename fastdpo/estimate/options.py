@@ -10,8 +10,8 @@ from typing import ClassVar
 
 import torch
 
-from fastdpo.estimate.activations import MAX_LENGTH, PairShape
 from fastdpo.estimate.devices import GPUS, Device
+from fastdpo.estimate.rows import MAX_LENGTH, PairShape
 from fastdpo.training.options import FastDPOConfig
 from fastdpo.training.options.fields import like
 from fastdpo.training.options.kinds import check_fields

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from fastdpo.estimate.activations import ConfigCounter, PairShape, Training
 from fastdpo.estimate.architectures import find_config, known_architectures, stored_weights
+from fastdpo.estimate.counter import Training
 from fastdpo.estimate.devices import measured_cpu
 from fastdpo.estimate.memory import MemoryEstimator, Part, Run, Surroundings
 from fastdpo.estimate.options import EstimateConfig
+from fastdpo.estimate.rows import PairShape
 from fastdpo.estimate.timing import StepTimes, optimizer_seconds, time_micro_batch
 from fastdpo.training.models.setup import refuse_router_loss
 from fastdpo.training.options import ModelConfig
@@ -120,7 +121,7 @@ class Estimate:
         return found if found and self.config.micro_batch_tokens == "auto" else self._run().micro_batch_tokens
 
     def _times(self) -> StepTimes:
-        counter: ConfigCounter = self.estimator(self.checkpointing).counter
+        counter = self.estimator(self.checkpointing).counter
         batch = self.run.pairs_per_step * self.run.shape.tokens
         times = StepTimes.of(
             lambda row, training: time_micro_batch(counter, row, self.device, training=training),
