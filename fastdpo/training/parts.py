@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastdpo.training.body import BodyChoice
 from fastdpo.training.memory import MemoryPlan, MemoryTrial
 from fastdpo.training.models.sharded import Sharding
 from fastdpo.training.objectives import Objective
@@ -86,7 +87,8 @@ class Parts:
         memory = MemoryPlan(args, model, ranks, repeats=not sharded)
         models = [model] if ref_model is None else [model, ref_model]
         layouts = LayoutChoice(args, scorer, models, ranks, accelerator.autocast)
-        passes = Passes(model, reference, scorer, layouts, memory, sharding, accelerator.autocast)
+        bodies = BodyChoice(args, scorer, models, ranks, accelerator.autocast, sharded=sharded)
+        passes = Passes(model, reference, scorer, layouts, bodies, memory, sharding, accelerator.autocast)
         batch_scores = BatchScores(passes, references)
 
         settings = model_identity(model, args)
@@ -101,6 +103,8 @@ class Parts:
         def train(micro: MicroBatch) -> None:
             accelerator.backward(0.0 * passes.forward(model, micro).logps.sum())
 
+        make_batch = partial(objective.batch_of, device=args.device)
+        trial = MemoryTrial(args, model, memory, layouts, passes.active, make_batch, score, train)
         return cls(
             ranks,
             sharding,
@@ -111,7 +115,7 @@ class Parts:
             layouts,
             passes,
             batch_scores,
-            MemoryTrial(args, model, memory, layouts, partial(objective.batch_of, device=args.device), score, train),
+            trial,
             OptimizerStep(objective, passes, batch_scores, references, args, ranks, accelerator.backward),
             Checkpoints(args, ranks, references, objective.modules),
             settings,

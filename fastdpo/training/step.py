@@ -103,7 +103,7 @@ class OptimizerStep:
     def __call__(self, batch: TokenBatch, window: GlobalBatch) -> StepResult:
         """The gradients of `batch`, summed over ranks. window: where this rank's batch lies in that of all ranks."""
         attempt = _Attempt(self, batch, window)
-        with self.layouts.active(), deterministic(self.args.deterministic_attention):
+        with self.passes.active(), deterministic(self.args.deterministic_attention):
             result = self._repeated(attempt)
         self._sum_gradients()
         return result

@@ -224,7 +224,7 @@ class FastDPOTrainer(SavingTrainer):
             self.optimizer.train()
         batch = self.objective.batch(inputs, self.args.device)
         window = GlobalBatch(len(batch), self.parts.ranks, self._real_examples(len(batch)))
-        self.parts.layouts.settle(batch)
+        self.parts.passes.settle(batch)
         self.parts.trial.settle(self.train_dataset)
         result = self.parts.step(batch, window)
         figures = self.parts.step.read(result, batch, with_norm=self.accelerator.scaler is None)

@@ -27,6 +27,7 @@ FLOORS = (
     ("fastdpo.training.options", "fastdpo.training.ranks", "fastdpo.training.durable", "fastdpo.training.lock"),
     ("fastdpo.training.models",),
     ("fastdpo.training.rows",),
+    ("fastdpo.training.body",),
     ("fastdpo.training.memory",),
     ("fastdpo.training.reference",),
     ("fastdpo.training.scoring",),

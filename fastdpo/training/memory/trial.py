@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import psutil
@@ -66,7 +67,7 @@ class MemoryTrial:
         args: the run's options.
         model: the policy.
         memory: the plan that gets the budget.
-        layouts: of rows, settled before.
+        layouts: of rows, settled before. active: within it, forwards and backwards work.
         make_batch: rows of a tokenised data set → a batch.
         score, train: one micro-batch of the policy without gradients; forward and backward, of weight zero.
     """
@@ -77,11 +78,12 @@ class MemoryTrial:
         model: nn.Module,
         memory: MemoryPlan,
         layouts: LayoutChoice,
+        active: Callable[[], AbstractContextManager[None]],
         make_batch: Callable[[Rows], TokenBatch],
         score: Callable[[MicroBatch], object],
         train: Callable[[MicroBatch], object],
     ) -> None:
-        self.args, self.model, self.memory, self.layouts = args, model, memory, layouts
+        self.args, self.model, self.memory, self.layouts, self.active = args, model, memory, layouts, active
         self.make_batch, self.score, self.train = make_batch, score, train
 
     def settle(self, dataset: Dataset) -> None:
@@ -149,7 +151,7 @@ class MemoryTrial:
 
         random_state = get_rng_state(self.args.device)
         try:
-            with self.layouts.active():
+            with self.active():
                 self.memory.guarded(work)
         except RetryStep:
             return False
@@ -182,7 +184,7 @@ class MemoryTrial:
     def tokens_within(self, room: int, longest: dict[str, Any]) -> int:
         """The most tokens that `room` bytes hold: a line through one and two of the longest example."""
         random_state = get_rng_state(self.args.device)  # dropout draws from it
-        with self.layouts.active():
+        with self.active():
             (few, *one), (many, *two) = (self._count_live(longest, count) for count in (1, 2))
         set_rng_state(self.args.device, random_state)
         self.model.zero_grad()

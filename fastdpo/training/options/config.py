@@ -156,6 +156,14 @@ class FastDPOConfig(TrainingArguments):
             "choices": ["auto", "on", "off"],
         },
     )
+    lean_body: str = field(
+        default="auto",
+        metadata={
+            "help": "Compute the layers of known architectures with less memory: MLPs in tiles of tokens, LoRA in one "
+            "function with its layer, norms that keep their input only. auto: where a check on the first batch agrees.",
+            "choices": ["auto", "on", "off"],
+        },
+    )
     deterministic_attention: bool = field(
         default=False,
         metadata={

@@ -57,10 +57,10 @@ class BatchScores:
         self._fitting(batch, work)
 
     def _fitting(self, batch: TokenBatch, work: Callable[[], T]) -> T:
-        layouts = self.passes.layouts
-        layouts.settle(batch)
-        with layouts.active():
-            return self.passes.memory.until_it_fits(work, batch.tokens(layouts.layout), batch.example_ids)
+        passes = self.passes
+        passes.settle(batch)
+        with passes.active():
+            return passes.memory.until_it_fits(work, batch.tokens(passes.layouts.layout), batch.example_ids)
 
     def _evaluated(self, batch: TokenBatch) -> Tensor:
         scores, missing = self.begin(batch)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
+from fastdpo.training.body import BodyChoice
 from fastdpo.training.memory import MemoryPlan
 from fastdpo.training.models.dropout import without_dropout
 from fastdpo.training.models.sharded import Sharding
@@ -33,7 +34,7 @@ class Passes:
         model: the policy itself, not its wrapper: gradients are summed explicitly, and never by DDP's hooks.
         reference: the reference policy.
         scorer: reduces what a model says of a micro-batch.
-        layouts: of rows. memory: of how many at once.
+        layouts: of rows. bodies: what computes the layers. memory: of how many at once.
         sharding: which keeps ranks in step.
         autocast: the run's precision.
     """
@@ -44,12 +45,25 @@ class Passes:
         reference: ReferencePolicy,
         scorer: CompletionScorer,
         layouts: LayoutChoice,
+        bodies: BodyChoice,
         memory: MemoryPlan,
         sharding: Sharding,
         autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self.model, self.reference, self.scorer = model, reference, scorer
-        self.layouts, self.memory, self.sharding, self.autocast = layouts, memory, sharding, autocast
+        self.layouts, self.bodies, self.memory = layouts, bodies, memory
+        self.sharding, self.autocast = sharding, autocast
+
+    def settle(self, batch: TokenBatch) -> None:
+        """Settle on the layout and the bodies, on the first batch; later calls do nothing."""
+        layout = self.layouts.settle(batch)
+        self.bodies.settle(batch, layout, self.layouts.active)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Within it, forwards and backwards of micro-batches work, in the layout and with the bodies of the run."""
+        with self.layouts.active(), self.bodies.active():
+            yield
 
     def forward(self, model: PreTrainedModel, micro: MicroBatch, *, statistics: bool = False) -> TokenScores:
         """Token log-probs of a micro-batch, with the scorer's statistics if asked for."""

@@ -1,0 +1,190 @@
+"""`LeanBody`: one model's layers, computed with less memory and fewer passes, while it is active.
+
+What changes is the forward of single modules of this one instance, and only within `active()`: attention, MLP and norms
+of a known architecture (`architectures`). A module that cannot be served stays as it is, and `left` says why: LoRA with
+dropout, DoRA, a layer that somebody has replaced. Outside of it the model is what transformers and peft made it.
+
+Checkpointing is transformers' own: its layers call the same forwards again in the backward, where `mlp` stops early.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fastdpo.shown import listed
+from fastdpo.training.body.activation import ACTIVATIONS
+from fastdpo.training.body.architectures import ARCHITECTURES, Architecture, eager_of
+from fastdpo.training.body.attention import attention_forward, qkv_modules
+from fastdpo.training.body.mlp import Tiles, gated_mlp
+from fastdpo.training.body.norm import rms_norm
+from fastdpo.training.body.projections import Workspace, is_4bit, obstacle, read, replaced
+from fastdpo.training.models.unwrapped import base_model, model_class
+
+_FOREIGN = "not the architecture's own, or with a forward or hook of somebody else"
+
+
+class LeanBody:
+    """The lean forwards of one model.
+
+    Args:
+        model: a causal LM, with or without adapters.
+        tiles: of its MLPs.
+
+    Attributes:
+        served: names of the modules that have a lean forward.
+        left: reason → names of those that keep theirs. foreign: names of those that are not the architecture's own.
+        reason: why nothing is served, or "".
+    """
+
+    def __init__(self, model: PreTrainedModel, tiles: Tiles | None = None) -> None:
+        self.model, self.tiles = model, tiles or Tiles()
+        self.workspace = Workspace()
+        self.served: list[str] = []
+        self.left: dict[str, list[str]] = {}
+        self.foreign: list[str] = []
+        self._forwards: list[tuple[nn.Module, Callable[..., Any]]] = []
+        self.reason = self._look()
+
+    def _look(self) -> str:
+        """Sort the modules; why nothing can be lean, or ""."""
+        config = base_model(self.model).config.get_text_config()
+        architecture = ARCHITECTURES.get(config.model_type)
+        if architecture is None:
+            known = ", ".join(ARCHITECTURES)
+            return f"model_type={config.model_type!r} of {model_class(self.model)} is not one of those known: {known}"
+        layers = _layers(self.model, config.num_hidden_layers)
+        if not layers:
+            return f"the decoder layers of {model_class(self.model)} were not found"
+        owners: dict[int, nn.Module] = {}
+        for name, layer in layers.items():
+            if not architecture.is_layer(layer) or replaced(layer):
+                self.foreign.append(name)
+                continue
+            owners |= {id(module): layer for module in layer.modules()}
+            self.foreign += [
+                f"{name}.{child}"
+                for child, module in layer.named_children()
+                if architecture.kind_of(module) is None or replaced(module)
+            ]
+        looks = {"attention": self._attention, "mlp": self._mlp, "norm": self._norm}
+        for name, module in self.model.named_modules():
+            kind = architecture.kind_of(module)
+            if kind is None or name in self.foreign or (kind != "norm" and id(module) not in owners):
+                continue
+            if reason := replaced(module) or looks[kind](architecture, module, owners.get(id(module))):
+                self.left.setdefault(reason, []).append(name)
+            else:
+                self.served.append(name)
+        return "" if self.served else f"none of its modules can be served ({self.told()})"
+
+    def told(self) -> str:
+        """What keeps its own forward, and why; "" where nothing does."""
+        others = {_FOREIGN: self.foreign} if self.foreign else {}
+        return "; ".join(f"{listed(names)}: {reason}" for reason, names in (self.left | others).items())
+
+    def _attention(self, architecture: Architecture, module: Any, layer: Any) -> str:
+        kind = architecture.attention
+        projections = [*qkv_modules(module, kind), module.o_proj]
+        if reason := _alike(projections[:-1]) or obstacle(module.o_proj):
+            return reason
+        norms = () if kind.norms == "none" else (module.q_norm, module.k_norm)
+        if reason := next((r for each in norms if (r := _norm_obstacle(each, architecture))), ""):
+            return f"of its norms, {reason}"
+
+        def forward(
+            hidden_states: Tensor,
+            position_embeddings: Any = None,
+            attention_mask: Tensor | None = None,
+            past_key_values: Any = None,
+            **kwargs: Any,
+        ) -> tuple[Tensor, Tensor | None]:
+            if past_key_values is not None:
+                raise RuntimeError("a lean body keeps no cache of keys and values: generate outside of training.")
+            return attention_forward(
+                module, kind, architecture.norm, self.workspace, eager_of(module),
+                hidden_states, position_embeddings, attention_mask, kwargs,
+            )  # fmt: skip
+
+        self._forwards.append((module, forward))
+        return ""
+
+    def _mlp(self, architecture: Architecture, module: Any, layer: Any) -> str:
+        gate_up = [getattr(module, name) for name in architecture.gate_up]
+        if reason := _alike([*gate_up, module.down_proj]):
+            return reason
+        config = base_model(self.model).config.get_text_config()
+        name = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+        activation = ACTIVATIONS.get(str(name))
+        if activation is None:
+            return f"its activation {name!r} is not served"
+
+        def forward(x: Tensor | None = None, hidden_states: Tensor | None = None) -> Tensor:
+            given = hidden_states if x is None else x
+            assert given is not None
+            recomputed = bool(getattr(layer, "gradient_checkpointing", False)) and layer.training
+            return gated_mlp(
+                given, [read(each) for each in gate_up], read(module.down_proj), activation, self.tiles,
+                self.workspace, recomputed=recomputed,
+            )  # fmt: skip
+
+        self._forwards.append((module, forward))
+        return ""
+
+    def _norm(self, architecture: Architecture, module: Any, layer: Any) -> str:
+        if reason := _norm_obstacle(module, architecture):
+            return reason
+        self._forwards.append((module, partial(rms_norm, module=module, kind=architecture.norm)))
+        return ""
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """The lean forwards are in place meanwhile, for forwards, recomputations and backwards."""
+        changed = []
+        try:
+            for module, forward in self._forwards:
+                if replaced(module):
+                    raise RuntimeError(
+                        f"a {type(module).__name__} was given a hook or another forward after the trainer was built. "
+                        "Do that before, or set lean_body='off'."
+                    )
+                vars(module)["forward"] = forward
+                changed.append(module)
+            yield
+        finally:
+            for module in changed:
+                del vars(module)["forward"]
+            self.workspace.clear()
+
+
+def _layers(model: PreTrainedModel, count: int) -> dict[str, nn.Module]:
+    """Name → decoder layer."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return {f"{name}.{i}": layer for i, layer in enumerate(module)}
+    return {}
+
+
+def _alike(modules: Sequence[Any]) -> str:
+    """Why linear layers cannot be served together, or ""."""
+    if reason := next((r for each in modules if (r := obstacle(each))), ""):
+        return reason
+    layers = [getattr(each, "base_layer", each) for each in modules]
+    if len({(is_4bit(each), each.weight.dtype, getattr(each, "compute_dtype", None)) for each in layers}) > 1:
+        return "its layers are kept in different dtypes"
+    adapters = {w.weight.dtype for each in modules for w in getattr(each, "lora_A", {}).values()}
+    return "its adapters are of different dtypes" if len(adapters) > 1 else ""
+
+
+def _norm_obstacle(module: nn.Module, architecture: Architecture) -> str:
+    if architecture.kind_of(module) != "norm":
+        return f"it is a {type(module).__name__}"
+    if reason := replaced(module):
+        return reason
+    weight: Any = module.weight
+    return "its weight is trained" if weight.requires_grad else ""
