@@ -103,13 +103,12 @@ class HeadWorkspace:
 
 def count_sites(model: PreTrainedModel, row: Row, **options: Any) -> Counts:
     """One micro-batch trained on, and only scored. `options`: as `micro_batch`'s."""
-    with micro_batch(model, row, **options) as forward:
-        with site_bytes(model) as scoring, torch.no_grad():
-            forward()
-        with site_bytes(model) as training:
-            loss = forward().sum()
-            kept = training.live
-            loss.backward()
+    with micro_batch(model, row, **options) as forward, site_bytes(model) as scoring, torch.no_grad():
+        forward()
+    with micro_batch(model, row, **options) as forward, site_bytes(model) as training:
+        loss = forward().sum()
+        kept = training.live
+        loss.backward()
     return Counts(kept, training.peaks, scoring.peaks)
 
 

@@ -29,8 +29,10 @@ from fastdpo.training.rows.attention import UnsupportedAttention
 SHALLOW = (2, 3)
 #: On a CPU: tokens and pairs of the longest row that is counted, though never fewer pairs than MIN_PAIRS.
 COUNTED_TOKENS, COUNTED_PAIRS, MIN_PAIRS = 2**20, 32, 4
-#: On a GPU: tokens of the longest row that is counted; more than the body's slices have several times over.
+#: On a GPU: tokens of the longest row that is counted, at least; a lean body's slices are in it several times over.
 FORM_TOKENS = 2**13
+#: Slices in the shorter of the rows that are counted, at least; even, so that a share of its tokens is a whole number.
+_MIN_SLICES = 2
 #: Steps in which the share of prompts in a row is counted.
 _SHARES = 64
 
@@ -65,23 +67,25 @@ class RowForm:
     """Rows that stand for all longer ones of about the same share of prompts, and the weights of their counts.
 
     A row of T tokens, N of them scored, in S sequences has the bytes a·T + b·N + c·S + d of every place.
+
+    shape: of the rows' pairs. tokens: of the longest of its rows; a multiple of 4 · _SHARES, and of the slices of a
+    lean body, which are then of full size, as they nearly are in longer rows.
     """
 
-    def __init__(self, shape: PairShape) -> None:
-        unit = FORM_TOKENS // _SHARES
+    def __init__(self, shape: PairShape, tokens: int) -> None:
         share = min(max(1, round(_SHARES * shape.prompt / shape.tokens)), _SHARES - 2)
         other = share - 1 if share > 1 else share + 1
 
         def pair(share: int, tokens: int) -> PairShape:
-            prompt = unit * share * tokens // FORM_TOKENS
+            prompt = tokens // _SHARES * share
             return PairShape(prompt, (tokens - prompt) // 2)
 
-        half = pair(share, FORM_TOKENS // 2)
+        half = pair(share, tokens // 2)
         self.rows = [
-            Row(FORM_TOKENS // 2, half),
-            Row(FORM_TOKENS, pair(share, FORM_TOKENS)),
-            Row(FORM_TOKENS, pair(other, FORM_TOKENS)),
-            Row(FORM_TOKENS, half),
+            Row(tokens // 2, half),
+            Row(tokens, pair(share, tokens)),
+            Row(tokens, pair(other, tokens)),
+            Row(tokens, half),
         ]
         self.share = share
 
@@ -107,7 +111,7 @@ class ConfigCounter:
         self.skeletons = [self._skeleton(with_layers(config, depth)) for depth in depths]
 
     def _skeleton(self, config: PretrainedConfig) -> Skeleton:
-        made = Skeleton(config, self.training.options, self.training.dtype)
+        made = Skeleton(config, self.training.options, self.training.dtype, lean_body=self.training.lean_body)
         if self.training.checkpointing:
             made.checkpoint_layers()
         return made
@@ -124,7 +128,7 @@ class ConfigCounter:
 
     def sites(self, row: Row, *, by_form: bool = False) -> Counts:
         """`count_sites` at full depth."""
-        if self.training.flash and row.shape.prompt and (by_form or row.tokens > FORM_TOKENS):
+        if self.training.flash and row.shape.prompt and (by_form or row.tokens > self.form_tokens):
             form = self.form(row.shape)
             needed = [(weight, each) for weight, each in zip(form.weights(row), form.rows, strict=True) if weight]
             return Counts.combined([weight for weight, _ in needed], [self._counted(each) for _, each in needed])
@@ -135,9 +139,17 @@ class ConfigCounter:
             return Counts.combined([-steps, 1 + steps], ends)
         return self._counted(row)
 
+    @cached_property
+    def form_tokens(self) -> int:
+        """Tokens of the longest row that is counted on a GPU."""
+        size = self.skeletons[0].slice_rows()
+        if size is None:
+            return FORM_TOKENS
+        return 2 * size * max(_MIN_SLICES, -(-FORM_TOKENS // (4 * size)) * 2)
+
     def form(self, shape: PairShape) -> RowForm:
         """The form of rows of such pairs."""
-        made = RowForm(shape)
+        made = RowForm(shape, self.form_tokens)
         return self._forms.setdefault(made.share, made)
 
     def _counted(self, row: Row) -> Counts:
@@ -160,6 +172,7 @@ class ConfigCounter:
             "flash": self.training.flash,
             "autocast": self.training.autocast,
             "mode": partial(_entered, skeleton),
+            "body": skeleton.body,
         }
 
 

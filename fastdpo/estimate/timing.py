@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastdpo.estimate.activations import micro_batch
-from fastdpo.estimate.counter import FORM_TOKENS, SHALLOW, ConfigCounter, counted_tokens
+from fastdpo.estimate.counter import SHALLOW, ConfigCounter, counted_tokens
 from fastdpo.estimate.devices import Device
 from fastdpo.estimate.rows import Row
 from fastdpo.ops.linear_logprob.tiles import FUSED_ROWS, MAX_ROWS
@@ -144,7 +144,7 @@ def time_micro_batch(counter: ConfigCounter, row: Row, device: Device, *, traini
 
     Of a row that is longer than is counted everything but attention is linear in its tokens.
     """
-    ends = _counted_ends(row, counter.training.flash)
+    ends = _counted_ends(row, counter.form_tokens if counter.training.flash else None)
     if ends is None:
         return _counted_times(counter, row, device, training)
     half, whole = (_counted_times(counter, each, device, training) for each in ends)
@@ -156,14 +156,15 @@ def time_micro_batch(counter: ConfigCounter, row: Row, device: Device, *, traini
     )
 
 
-def _counted_ends(row: Row, flash: bool) -> tuple[Row, Row] | None:
-    """Two shorter rows of the same kind through which a line is drawn; None where the row itself is counted."""
+def _counted_ends(row: Row, longest: int | None) -> tuple[Row, Row] | None:
+    """Two rows of the same kind through which a line is drawn; None where the row itself is counted. longest: tokens of
+    the longest row that is counted on a GPU."""
     shape = row.shape
-    if flash and row.tokens > FORM_TOKENS:
-        if shape.tokens > FORM_TOKENS // 4:
-            first, second = (shape.scaled(size) for size in (FORM_TOKENS // 2, FORM_TOKENS))
+    if longest is not None and row.tokens > longest:
+        if shape.tokens > longest // 4:
+            first, second = (shape.scaled(size) for size in (longest // 2, longest))
             return Row(first.tokens, first), Row(second.tokens, second)
-        most = FORM_TOKENS // shape.tokens // 2 * 2 * shape.tokens
+        most = longest // shape.tokens // 2 * 2 * shape.tokens
         return Row(most // 2, shape), Row(most, shape)
     if row.tokens > (most := counted_tokens(shape)):
         return Row(most // 2, shape), Row(most, shape)
