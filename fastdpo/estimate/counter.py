@@ -1,7 +1,7 @@
 """`Live` of any row of any depth, out of a few counts of short rows of shallow models.
 
 Over layers: models of equal layers are counted with two and with three, and the rest is the same again.
-Over tokens, on a GPU: beyond FORM_TOKENS every place's bytes are linear in the tokens of a row, in those that are scored
+Over tokens, on a GPU: beyond a few slices of the body every place's bytes are linear in the tokens of a row, in those that are scored
 and in its sequences, so four counts give them all. On a CPU attention's masks grow with the square of a sequence: there
 a long row of several pairs is on the line through shorter ones.
 What counting takes itself is bounded, whatever is asked.
@@ -29,12 +29,11 @@ from fastdpo.training.rows.attention import UnsupportedAttention
 SHALLOW = (2, 3)
 #: On a CPU: tokens and pairs of the longest row that is counted, though never fewer pairs than MIN_PAIRS.
 COUNTED_TOKENS, COUNTED_PAIRS, MIN_PAIRS = 2**20, 32, 4
-#: On a GPU: tokens of the longest row that is counted, at least; a lean body's slices are in it several times over.
-FORM_TOKENS = 2**13
-#: Slices in the shorter of the rows that are counted, at least; even, so that a share of its tokens is a whole number.
-_MIN_SLICES = 2
+#: On a GPU: tokens of a slice, where the body has none, and slices in the rows that are counted. Two are enough for a
+#: place to see what the slice before it left.
+_SLICE, _SLICES = 2**9, (2, 3, 4)
 #: Steps in which the share of prompts in a row is counted.
-_SHARES = 64
+_SHARES = 32
 
 
 @dataclass(frozen=True)
@@ -68,24 +67,24 @@ class RowForm:
 
     A row of T tokens, N of them scored, in S sequences has the bytes a·T + b·N + c·S + d of every place.
 
-    shape: of the rows' pairs. tokens: of the longest of its rows; a multiple of 4 · _SHARES, and of the slices of a
-    lean body, which are then of full size, as they nearly are in longer rows.
+    shape: of the rows' pairs. size: tokens of a slice, a multiple of 64; slices are of full size, as they nearly are in
+    longer rows.
     """
 
-    def __init__(self, shape: PairShape, tokens: int) -> None:
-        share = min(max(1, round(_SHARES * shape.prompt / shape.tokens)), _SHARES - 2)
+    def __init__(self, shape: PairShape, size: int) -> None:
+        share = min(max(1, round(_SHARES * shape.prompt / shape.tokens)), _SHARES - 1)
         other = share - 1 if share > 1 else share + 1
 
         def pair(share: int, tokens: int) -> PairShape:
             prompt = tokens // _SHARES * share
             return PairShape(prompt, (tokens - prompt) // 2)
 
-        half = pair(share, tokens // 2)
+        few, more, most = (count * size for count in _SLICES)
         self.rows = [
-            Row(tokens // 2, half),
-            Row(tokens, pair(share, tokens)),
-            Row(tokens, pair(other, tokens)),
-            Row(tokens, half),
+            Row(few, pair(share, few)),
+            Row(more, pair(share, more)),
+            Row(more, pair(other, more)),
+            Row(most, pair(share, most // 2)),
         ]
         self.share = share
 
@@ -93,7 +92,8 @@ class RowForm:
         """Of the counts of `rows`, for `row`: those with which their (T, N, S, 1) sum to its own."""
         short, long, other, pairs = self.rows
         by_sequence = Fraction(row.sequences - long.sequences, pairs.sequences - long.sequences)
-        by_length = Fraction(row.tokens - long.tokens, long.tokens - short.tokens)
+        longer = row.tokens - long.tokens - by_sequence * (pairs.tokens - long.tokens)
+        by_length = longer / (long.tokens - short.tokens)
         scored = long.scored + by_length * (long.scored - short.scored) + by_sequence * (pairs.scored - long.scored)
         by_scored = (row.scored - scored) / (other.scored - long.scored)
         return [-by_length, 1 + by_length - by_scored - by_sequence, by_scored, by_sequence]
@@ -140,16 +140,18 @@ class ConfigCounter:
         return self._counted(row)
 
     @cached_property
+    def slice(self) -> int:
+        """Tokens that the body computes at a time, or what stands for them."""
+        return self.skeletons[0].slice_rows() or _SLICE
+
+    @property
     def form_tokens(self) -> int:
         """Tokens of the longest row that is counted on a GPU."""
-        size = self.skeletons[0].slice_rows()
-        if size is None:
-            return FORM_TOKENS
-        return 2 * size * max(_MIN_SLICES, -(-FORM_TOKENS // (4 * size)) * 2)
+        return _SLICES[-1] * self.slice
 
     def form(self, shape: PairShape) -> RowForm:
         """The form of rows of such pairs."""
-        made = RowForm(shape, self.form_tokens)
+        made = RowForm(shape, self.slice)
         return self._forms.setdefault(made.share, made)
 
     def _counted(self, row: Row) -> Counts:
