@@ -160,24 +160,26 @@ def micro_batch(
     }
     trained = [p for p in model.parameters() if p.requires_grad]
     own = [p.grad for p in trained]
-    with segments_active([model]), body(), mode(), _autocast(autocast):
+    with segments_active([model]), body(), mode():
         targets = torch.zeros(row.scored, dtype=torch.int64)
         for p in trained:
             p.grad = torch.zeros_like(p)
 
         def forward() -> Tensor:
-            with head.left_out() as found:
-                model(**inputs, use_cache=False)
-            logps = linear_logprob(
-                found[0].flatten(0, 1)[scored],
-                head.weight,
-                targets,
-                bias=head.bias,
-                logit_scale=head.logit_scale,
-                softcap=head.softcap,
-                ignore_index=None,
-                backend="torch",
-            )
+            # Around the forward only, as in a step: what autocast keeps of its casts is freed before the backward
+            with _autocast(autocast):
+                with head.left_out() as found:
+                    model(**inputs, use_cache=False)
+                logps = linear_logprob(
+                    found[0].flatten(0, 1)[scored],
+                    head.weight,
+                    targets,
+                    bias=head.bias,
+                    logit_scale=head.logit_scale,
+                    softcap=head.softcap,
+                    ignore_index=None,
+                    backend="torch",
+                )
             assert isinstance(logps, Tensor)
             return logps
 

@@ -83,7 +83,7 @@ class RowForm:
         self.rows = [
             Row(few, pair(share, few)),
             Row(more, pair(share, more)),
-            Row(more, pair(other, more)),
+            Row(few, pair(other, few)),
             Row(most, pair(share, most // 2)),
         ]
         self.share = share
@@ -95,8 +95,8 @@ class RowForm:
         longer = row.tokens - long.tokens - by_sequence * (pairs.tokens - long.tokens)
         by_length = longer / (long.tokens - short.tokens)
         scored = long.scored + by_length * (long.scored - short.scored) + by_sequence * (pairs.scored - long.scored)
-        by_scored = (row.scored - scored) / (other.scored - long.scored)
-        return [-by_length, 1 + by_length - by_scored - by_sequence, by_scored, by_sequence]
+        by_scored = (row.scored - scored) / (other.scored - short.scored)
+        return [-by_length - by_scored, 1 + by_length - by_sequence, by_scored, by_sequence]
 
 
 class ConfigCounter:

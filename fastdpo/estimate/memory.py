@@ -139,6 +139,8 @@ class MemoryEstimator:
     def __init__(self, config: PretrainedConfig, training: Training, surroundings: Surroundings) -> None:
         self.config, self.training, self.surroundings = config, training, surroundings
         self.skeleton = Skeleton(config, training.options, training.dtype)
+        if training.offload_embeddings:
+            _check_embeddings(self.skeleton)
         self.counter = ConfigCounter(config, training)
         self._resident: dict[bool, list[Part]] = {}
 
@@ -287,6 +289,14 @@ class MemoryEstimator:
         text = self.config.get_text_config()
         moved = (text.num_hidden_layers - 1) * row.tokens * text.hidden_size * self.training.dtype.itemsize
         return Live(live.kept - moved, live.peak - moved, live.scoring_peak)
+
+
+def _check_embeddings(skeleton: Skeleton) -> None:
+    """Raise ValueError for embeddings that cannot be kept on the host."""
+    weight = skeleton.model.get_input_embeddings().weight
+    reason = "tied to the head" if weight is skeleton.head.weight else "trained" if weight.requires_grad else ""
+    if reason:
+        raise ValueError(f"offload_embeddings=True keeps embeddings on the host, but here they are {reason}. Drop it.")
 
 
 def _count(parameters: list[nn.Parameter]) -> int:

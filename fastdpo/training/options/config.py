@@ -148,6 +148,10 @@ class FastDPOConfig(TrainingArguments):
     activation_offloading: bool = field(
         default=False, metadata={"help": "Keep what checkpointed layers need in the host's memory. Needs a GPU."}
     )
+    offload_embeddings: bool = field(
+        default=False,
+        metadata={"help": "Keep frozen, untied embeddings in the host's memory and look rows up there. Needs a GPU."},
+    )
     prefix_sharing: str = field(
         default="auto",
         metadata={

@@ -57,6 +57,11 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Any, _OnGPU], Any], str], ...] = 
         "gradient_checkpointing=True saves memory here.",
     ),
     (
+        ("offload_embeddings",),
+        lambda args, gpu: gpu,
+        "it moves embeddings from a GPU to the host, where this run is already. Drop it.",
+    ),
+    (
         ("reference_cache_dir",),
         lambda args, gpu: args.reference != "online",
         "reference='online' keeps nothing. Choose lazy or precompute.",
