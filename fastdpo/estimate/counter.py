@@ -31,7 +31,7 @@ SHALLOW = (2, 3)
 COUNTED_TOKENS, COUNTED_PAIRS, MIN_PAIRS = 2**20, 32, 4
 #: On a GPU: tokens of a slice, where the body has none, and slices in the rows that are counted. Two are enough for a
 #: place to see what the slice before it left.
-_SLICE, _SLICES = 2**9, (2, 3, 4)
+_SLICE, _SLICES = 704, (2, 3, 4)
 #: Steps in which the share of prompts in a row is counted.
 _SHARES = 32
 

@@ -10,6 +10,7 @@ the body computes at a time; so places are extrapolated one by one, and their ma
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from bisect import bisect_right
@@ -28,6 +29,8 @@ from fastdpo.training.memory.counting import LiveBytes, Workspaces
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 #: Files between torch's dispatcher and whoever called it.
 _PASSED = (str(Path(torch.__file__).parent), __file__, counting.__file__)
+#: Who calls the forward and the backward that are counted.
+_OUTSIDE = str(Path(__file__).parent)
 #: Prefixes by which peft wraps a model.
 _WRAPPERS = re.compile(r"^base_model\.model\.|\.base_layer$")
 
@@ -155,7 +158,9 @@ def _plain(name: str) -> str:
 
 
 def _caller(frame: FrameType | None) -> str:
-    """File and line of the innermost frame outside of torch and of the counting."""
+    """File and line of the innermost frame outside of torch and of the counting; "" where the backward itself called."""
     while frame is not None and frame.f_code.co_filename.startswith(_PASSED):
         frame = frame.f_back
-    return "" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+    if frame is None or frame.f_code.co_filename.startswith(_OUTSIDE):
+        return ""
+    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
