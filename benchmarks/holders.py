@@ -35,7 +35,9 @@ def main(name: str) -> None:
         print("| made by | operator | shape | dtype | bytes per token |\n| --- | --- | --- | --- | ---: |")
         for each in found:
             if abs(each.per_token) >= _LEAST:
-                where = each.site.module or "embeddings, head" if not each.site.node else f"backward of {each.site.module}"
+                where = (
+                    each.site.module or "embeddings, head" if not each.site.node else f"backward of {each.site.module}"
+                )
                 where += f" ({each.site.line})" if each.site.line else ""
                 print(f"| {where} | {each.site.operator} | {each.shape} | {each.dtype} | {each.per_token:,.0f} |")
         rest = sum(each.per_token for each in found if abs(each.per_token) < _LEAST)

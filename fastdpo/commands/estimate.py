@@ -96,7 +96,9 @@ def _longest_table(estimate: Estimate) -> Table:
         table.add_column(name, justify="left" if name in ("card", "checkpointing") else "right")
     for fit in estimate.fits:
         pair = fit.longest_pair
-        figures = (f"{pair.tokens:,}", f"{pair.context:,}", f"{fit.host_bytes / 1e6:,.0f}") if pair else ("none", "", "")
+        figures = (
+            (f"{pair.tokens:,}", f"{pair.context:,}", f"{fit.host_bytes / 1e6:,.0f}") if pair else ("none", "", "")
+        )
         table.add_row(markup(fit.gpu_memory), "on" if fit.checkpointing else "off", *figures)
     return table
 

@@ -32,6 +32,8 @@ COUNTED_TOKENS, COUNTED_PAIRS, MIN_PAIRS = 2**20, 32, 4
 #: On a GPU: tokens of a slice, where the body has none, and slices in the rows that are counted. Two are enough for a
 #: place to see what the slice before it left.
 _SLICE, _SLICES = 704, (2, 3, 4)
+#: Tokens of a slice beyond which rows are counted as if there were none: of models so narrow that it does not matter.
+LARGEST_SLICE = 2**16
 #: Steps in which the share of prompts in a row is counted.
 _SHARES = 32
 
@@ -142,7 +144,7 @@ class ConfigCounter:
     @cached_property
     def slice(self) -> int:
         """Tokens that the body computes at a time, or what stands for them."""
-        return self.skeletons[0].slice_rows() or _SLICE
+        return min(self.skeletons[0].slice_rows() or _SLICE, LARGEST_SLICE)
 
     @property
     def form_tokens(self) -> int:

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, MixtralConfig
 from fastdpo.estimate import counter as counting
 from fastdpo.estimate import timing
 from fastdpo.estimate.activations import Counts, count_live
-from fastdpo.estimate.counter import ConfigCounter, Training, counted_tokens
+from fastdpo.estimate.counter import LARGEST_SLICE, ConfigCounter, Training, counted_tokens
 from fastdpo.estimate.devices import GPUS
 from fastdpo.estimate.memory import MemoryEstimator, Run, Surroundings
 from fastdpo.estimate.options import MAX_CARDS, MAX_PAIRS, EstimateConfig
@@ -185,7 +185,7 @@ def bounded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Row]]:
 
     def check(row: Row) -> None:
         asked.append(row)
-        assert row.tokens <= 4 * 9000  # on a GPU, whatever is asked: a few slices of the body
+        assert row.tokens <= 4 * LARGEST_SLICE
 
     def line(model: Any, row: Row, **_: Any) -> Counts:
         check(row)
