@@ -1,9 +1,9 @@
 """`Live` of any row of any depth, out of a few counts of short rows of shallow models.
 
 Over layers: models of equal layers are counted with two and with three, and the rest is the same again.
-Over tokens, on a GPU: beyond a few slices of the body every place's bytes are linear in the tokens of a row, in those that are scored
-and in its sequences, so four counts give them all. On a CPU attention's masks grow with the square of a sequence: there
-a long row of several pairs is on the line through shorter ones.
+Over tokens, on a GPU: beyond a few slices of the body every place's bytes are linear in the tokens of a row, in those
+that are scored and in its sequences, so four counts give them all. On a CPU attention's masks grow with the square of a
+sequence: there a long row of several pairs is on the line through shorter ones.
 What counting takes itself is bounded, whatever is asked.
 """
 

@@ -1,7 +1,7 @@
 """Who holds memory at the fullest moment of a step: what was made where, in bytes per token and beside that.
 
-The place whose moment it is follows from the counts of a long row; what is alive there is looked up in two short rows of
-shallow models, and lies on a line over tokens and over layers.
+The place whose moment it is follows from the counts of a long row; what is alive there is looked up in two short rows
+of shallow models, and lies on a line over tokens and over layers.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ _WRAPPERS = re.compile(r"^base_model\.model\.|\.base_layer$")
 
 
 class Site(NamedTuple):
-    """Where an operator was called. module: its path, layers as *. line: file:line. operator: torch's name of it.
-    node: of autograd, where the call was in the backward; "" in a forward. recomputed: a forward within the backward."""
+    """Where an operator was called. module: its path, layers as *. line: file:line. operator: torch's name for it.
+    node: of autograd, where the call was in the backward; "" in a forward. recomputed: a forward in the backward."""
 
     module: str
     line: str
@@ -158,7 +158,7 @@ def _plain(name: str) -> str:
 
 
 def _caller(frame: FrameType | None) -> str:
-    """File and line of the innermost frame outside of torch and of the counting; "" where the backward itself called."""
+    """File and line of the innermost frame outside of torch and of the counting; "" where the backward called."""
     while frame is not None and frame.f_code.co_filename.startswith(_PASSED):
         frame = frame.f_back
     if frame is None or frame.f_code.co_filename.startswith(_OUTSIDE):

@@ -10,12 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from fastdpo.estimate.activations import count_live
+from fastdpo.estimate.activations import count_live, micro_batch
 from fastdpo.estimate.counter import ConfigCounter, RowForm, Training
 from fastdpo.estimate.holders import holders
 from fastdpo.estimate.rows import PairShape, Row
+from fastdpo.ops.linear_logprob.tiles import WORKSPACE
 from fastdpo.training.body import Tiles
-from fastdpo.training.memory.counting import flash_backward_workspace
+from fastdpo.training.memory.counting import LiveBytes, flash_backward_workspace, workspaces
+from fastdpo.training.memory.head_workspace import head_workspace_of
 from fastdpo.training.options import ModelConfig
 
 SIZES: dict[str, Any] = {
@@ -24,11 +26,11 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def counter(lean: str) -> ConfigCounter:
+def counter(lean: str, *, flash: bool = True) -> ConfigCounter:
     """With a lean body, in slices of 64 tokens."""
     made = ConfigCounter(
         LlamaConfig(**SIZES),
-        Training(ModelConfig(lora_r=4), torch.float32, flash=True, checkpointing=True, lean_body=lean),
+        Training(ModelConfig(lora_r=4), torch.float32, flash=flash, checkpointing=True, lean_body=lean),
     )
     for skeleton in made.skeletons:
         if skeleton.lean is not None:
@@ -60,6 +62,22 @@ def test_a_long_row_is_what_its_own_count_says(lean: str, row: Row) -> None:
     assert row.tokens > made.form_tokens
     (skeleton,) = made.skeletons
     assert made.count(row) == count_live(skeleton.model, row, **made.options(skeleton))
+
+
+@pytest.mark.parametrize("flash", [False, True])
+def test_the_fullest_place_is_the_peak_of_a_plain_count(flash: bool) -> None:
+    """`LiveBytes` knows no places, and hears of the head's workspace from the operators' own arguments."""
+    row, made = Row(300, PairShape(100, 100)), counter("on", flash=flash)
+    (skeleton,) = made.skeletons
+    head = head_workspace_of(on_gpu=flash, workspace=WORKSPACE)
+    counted: dict[Any, Any] = {**workspaces(), torch.ops.fastdpo.linear_logprob.default: head}
+    with micro_batch(skeleton.model, row, **made.options(skeleton)) as forward, LiveBytes(counted) as scoring:
+        with torch.no_grad():
+            forward()
+    with micro_batch(skeleton.model, row, **made.options(skeleton)) as forward, LiveBytes(counted) as training:
+        forward().sum().backward()
+    found = made.count(row)
+    assert (found.peak, found.scoring_peak) == (training.peak, scoring.peak)
 
 
 def test_a_row_that_slices_do_not_divide_takes_no_more_than_is_said() -> None:
