@@ -71,10 +71,10 @@ def test_the_fullest_place_is_the_peak_of_a_plain_count(flash: bool) -> None:
     (skeleton,) = made.skeletons
     head = head_workspace_of(on_gpu=flash, workspace=WORKSPACE)
     counted: dict[Any, Any] = {**workspaces(), torch.ops.fastdpo.linear_logprob.default: head}
-    with micro_batch(skeleton.model, row, **made.options(skeleton)) as forward, LiveBytes(counted) as scoring:
-        with torch.no_grad():
-            forward()
-    with micro_batch(skeleton.model, row, **made.options(skeleton)) as forward, LiveBytes(counted) as training:
+    options = made.options(skeleton)
+    with micro_batch(skeleton.model, row, **options) as forward, LiveBytes(counted) as scoring, torch.no_grad():
+        forward()
+    with micro_batch(skeleton.model, row, **options) as forward, LiveBytes(counted) as training:
         forward().sum().backward()
     found = made.count(row)
     assert (found.peak, found.scoring_peak) == (training.peak, scoring.peak)
