@@ -29,7 +29,7 @@ from benchmarks.gpu.report import Report, Skipped
 from benchmarks.gpu.sizes import MIB, Sizes
 from benchmarks.training_cases import TrainingCase, preference_ids, set_lora
 from benchmarks.training_run import TRAINERS, StepClock, step_arguments
-from fastdpo.estimate.activations import PairShape
+from fastdpo.estimate.rows import PairShape
 from fastdpo.training.memory import RetryStep
 from fastdpo.training.memory.plan import release_memory
 from fastdpo.training.models.loading import lora_config

@@ -24,6 +24,7 @@ _DESCRIPTION = """Predict the peak memory of a training run, part by part, the t
 micro-batch and pair that a card holds. Reads a configuration, no weights; needs no GPU.
 
   fastdpo estimate --model_name_or_path Llama-3-8B --load_in_4bit --gpu_memory 12GB
+  fastdpo estimate --model_name_or_path Llama-3.1-8B --load_in_4bit --gpu_memory 12GB 24GB --longest_pair
   fastdpo estimate --model_name_or_path ./model --load_in_4bit --device cpu --micro_batch_tokens 1024"""
 
 
@@ -56,6 +57,11 @@ def demo_settings() -> dict[str, Any]:
 
 def print_estimate(estimate: Estimate, console: Console) -> None:
     """Tables of the parts, of what fits, and of the time split."""
+    if estimate.config.longest_pair:
+        name = markup(estimate.model.model_name_or_path)
+        console.print(f"[bold]predicted[/bold] for {name}, nothing was run; one pair, alone in its micro-batch")
+        console.print(_longest_table(estimate))
+        return
     shape = estimate.run.shape
     with_checkpointing = "with" if estimate.checkpointing else "without"
     console.print(
@@ -77,6 +83,23 @@ def _memory_table(estimate: Estimate) -> Table:
         table.add_row(markup(part.name), f"{part.bytes / 1e6:,.0f}", markup(part.note))
     table.add_section()
     table.add_row("peak", f"{estimate.total() / 1e6:,.0f}", f"{estimate.total() / 2**30:.2f} GiB")
+    if estimate.host:
+        table.add_section()
+    for part in estimate.host:
+        table.add_row(markup(f"host memory: {part.name}"), f"{part.bytes / 1e6:,.0f}", markup(part.note))
+    return table
+
+
+def _longest_table(estimate: Estimate) -> Table:
+    table = Table(title="the longest pair that a card holds, predicted", title_justify="left")
+    for name in ("card", "checkpointing", "tokens of the pair", "context of an answer", "host memory, MB"):
+        table.add_column(name, justify="left" if name in ("card", "checkpointing") else "right")
+    for fit in estimate.fits:
+        pair = fit.longest_pair
+        figures = (
+            (f"{pair.tokens:,}", f"{pair.context:,}", f"{fit.host_bytes / 1e6:,.0f}") if pair else ("none", "", "")
+        )
+        table.add_row(markup(fit.gpu_memory), "on" if fit.checkpointing else "off", *figures)
     return table
 
 

@@ -20,18 +20,11 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoTokenizer, PretrainedConfig
 
-from fastdpo.estimate.activations import (
-    MAX_LENGTH,
-    ActivationModel,
-    ConfigCounter,
-    Live,
-    PairShape,
-    Row,
-    Training,
-)
+from fastdpo.estimate.activations import Live
 from fastdpo.estimate.architectures import StoredWeights
+from fastdpo.estimate.counter import ConfigCounter, Training
+from fastdpo.estimate.rows import MAX_LENGTH, PairShape, Row
 from fastdpo.estimate.skeleton import Skeleton, quantization_constants, resident_bytes
-from fastdpo.training.memory.head_workspace import head_workspace_of
 from fastdpo.training.memory.host import HEAP_SHARE
 from fastdpo.training.memory.plan import SCORING_BUDGET_FACTOR
 
@@ -44,8 +37,8 @@ GPU_FRAGMENTS = 0.1
 _LOADED = ("runtime", "weights", "quantisation constants")
 #: Largest budgets and lengths are found to this many tokens; the shortest pair that is tried.
 TOKEN_STEP, MIN_PAIR = 8, 16
-#: Rounds in which the lines are drawn anew near the pair that was found.
-REFINEMENTS = 3
+#: The most counts by which a size that the form found is corrected.
+REFINEMENTS = 8
 #: bitsandbytes' 8-bit optimizers: smaller parameters keep float32 states; one float32 constant per block and state.
 MIN_8BIT_SIZE, OPTIMIZER_BLOCK = 4096, 256
 
@@ -146,6 +139,8 @@ class MemoryEstimator:
     def __init__(self, config: PretrainedConfig, training: Training, surroundings: Surroundings) -> None:
         self.config, self.training, self.surroundings = config, training, surroundings
         self.skeleton = Skeleton(config, training.options, training.dtype)
+        if training.offload_embeddings:
+            _check_embeddings(self.skeleton)
         self.counter = ConfigCounter(config, training)
         self._resident: dict[bool, list[Part]] = {}
 
@@ -165,7 +160,7 @@ class MemoryEstimator:
         return [
             Part("runtime", self.surroundings.runtime, self.surroundings.runtime_note),
             Part("mapped weight file", self._mapped(frozen), "pages that the system can take back"),
-            Part("weights", resident_bytes(iter(frozen)), "frozen"),
+            Part("weights", resident_bytes(iter(frozen)) - self._embedding_bytes(), "frozen"),
             Part("quantisation constants", resident_bytes(quantization_constants(self.skeleton.model))),
             Part("adapters" if options.use_lora else "trained weights", size, f"{_count(trained):,} parameters"),
             Part("reference copy", copied, "the trained weights at the start"),
@@ -184,19 +179,15 @@ class MemoryEstimator:
         views = resident_bytes(p for p in frozen if p.is_floating_point())
         return stored.bytes - views if views else 0
 
-    def parts(self, run: Run, lines: ActivationModel | None = None) -> list[Part]:
-        """All parts; their sum is the predicted peak. Activations are counted for the run, or read off `lines`."""
+    def parts(self, run: Run, *, by_form: bool = False) -> list[Part]:
+        """All parts; their sum is the predicted peak. by_form: as of `ConfigCounter.count`."""
         row, scoring_row = run.row(), run.scoring_row()
-        if lines is None:
-            live, scoring = self.counter.count(row), self.counter.count(scoring_row).scoring_peak
-        else:
-            live, scoring = lines.at(row.tokens), lines.scoring_peak.at(scoring_row.tokens)
-        live = self._offloaded(live, row, run)
+        live = self._offloaded(self.counter.count(row, by_form=by_form), row, run)
+        scoring = self.counter.count(scoring_row, by_form=by_form).scoring_peak
         head = self.skeleton.head
-        hidden = torch.empty(row.scored, head.weight.shape[1], device="meta")
-        workspace_of = head_workspace_of(on_gpu=self.training.flash, workspace=self.training.workspace)
-        tile = workspace_of(hidden, head.weight, None)
-        unit = hidden.numel() * self.training.dtype.itemsize if not head.weight.requires_grad else 0
+        tile = self.counter.head.bytes(row.scored)
+        trained = head.weight.requires_grad
+        unit = 0 if trained else row.scored * head.weight.shape[1] * self.training.dtype.itemsize
         of_tile = "a chunk of exponentials with its sums" if self.training.flash else "one tile of logits"
         workspace = max(0, live.peak - live.kept - tile)
         above = f"{scoring_row.tokens:,} tokens; what it takes above these"
@@ -219,9 +210,25 @@ class MemoryEstimator:
         there = sum(part.bytes for part in parts if part.name in _LOADED)
         return max(0, there + self.surroundings.stored.bytes - sum(part.bytes for part in parts))
 
-    def total(self, run: Run, lines: ActivationModel | None = None) -> int:
+    def host_parts(self, run: Run) -> list[Part]:
+        """What a run on a GPU takes of the host's memory beside the process."""
+        text, row = self.config.get_text_config(), run.row()
+        inputs = text.num_hidden_layers * row.tokens * text.hidden_size * self.training.dtype.itemsize
+        parts = [
+            Part("layer inputs", inputs if run.offload else 0, f"{row.tokens:,} tokens in a micro-batch, pinned"),
+            Part("embeddings", self._embedding_bytes(), "frozen"),
+        ]
+        return [part for part in parts if part.bytes]
+
+    def _embedding_bytes(self) -> int:
+        """Of the embeddings that are kept on the host."""
+        if not self.training.offload_embeddings:
+            return 0
+        return resident_bytes(iter([self.skeleton.model.get_input_embeddings().weight]))
+
+    def total(self, run: Run, *, by_form: bool = False) -> int:
         """The predicted peak in bytes."""
-        return sum(part.bytes for part in self.parts(run, lines))
+        return sum(part.bytes for part in self.parts(run, by_form=by_form))
 
     def largest_budget(self, run: Run, memory: int) -> int:
         """The most `micro_batch_tokens` with which `run` fits into `memory` bytes; 0 if not even its longest pair does.
@@ -229,11 +236,7 @@ class MemoryEstimator:
         More than a batch holds is not asked for.
         """
         batch = run.pairs_per_step * run.shape.tokens
-        lines = self.counter.lines(run.shape)
-        tokens = self._largest(
-            lambda size: replace(run, micro_batch_tokens=size), lines, run.shape.tokens, batch, memory
-        )
-        return self._confirmed(lambda size: replace(run, micro_batch_tokens=size), tokens, run.shape.tokens, memory)
+        return self._largest(lambda size: replace(run, micro_batch_tokens=size), run.shape.tokens, batch, memory)
 
     def largest_pair(self, run: Run, memory: int) -> PairShape | None:
         """The longest pair of the same proportions that fits alone, or None.
@@ -246,37 +249,38 @@ class MemoryEstimator:
 
         stated = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         positions = min(stated or MAX_LENGTH, MAX_LENGTH)
-        most = run.shape.tokens * positions // (run.shape.prompt + run.shape.completion)
-        shape, tokens = run.shape, 0
-        for _ in range(REFINEMENTS):  # on a CPU the bytes per token grow with the pair
-            tokens = self._largest(alone, self.counter.lines(shape), MIN_PAIR, most, memory)
-            if not tokens or abs(tokens - shape.tokens) <= TOKEN_STEP:
-                break
-            shape = run.shape.scaled(tokens)
-        tokens = self._confirmed(alone, tokens, MIN_PAIR, memory)
+        most = run.shape.tokens * positions // run.shape.context
+        tokens = self._largest(alone, min(MIN_PAIR, most), most, memory)
         return run.shape.scaled(tokens) if tokens else None
 
-    def _largest(self, run_of: Callable[[int], Run], lines: ActivationModel, least: int, most: int, memory: int) -> int:
-        """The largest size in [least, most] whose run fits into `memory` by `lines`, to TOKEN_STEP; 0 if none does."""
-        if self.total(run_of(least), lines) > memory:
-            return 0
-        if self.total(run_of(most), lines) <= memory:
-            return most
-        fits, fails = least, most
+    def _largest(self, run_of: Callable[[int], Run], least: int, most: int, memory: int) -> int:
+        """The largest size in [least, most] whose run fits into `memory`, to TOKEN_STEP; 0 if none does."""
+        fits, fails = least, most + 1
+        if self.total(run_of(most), by_form=True) <= memory:
+            fits = most
         while fails - fits > TOKEN_STEP:
             middle = (fits + fails) // 2
-            if self.total(run_of(middle), lines) <= memory:
+            if self.total(run_of(middle), by_form=True) <= memory:
                 fits = middle
             else:
                 fails = middle
-        return fits
+        return self._confirmed(run_of, fits, least, most, memory)
 
-    def _confirmed(self, run_of: Callable[[int], Run], size: int, least: int, memory: int) -> int:
-        """`size`, or what less of it fits by a count of its own."""
-        while size and (over := self.total(run_of(size)) - memory) > 0:
-            smaller = size - max(TOKEN_STEP, int(size * over / memory))
-            size = 0 if size == least else max(smaller, least)
-        return size
+    def _confirmed(self, run_of: Callable[[int], Run], size: int, least: int, most: int, memory: int) -> int:
+        """The largest size that fits by a count of its own, near `size`, which the form found.
+
+        For long rows the two are one. Short ones may take less than the form says, which is of whole slices.
+        """
+        slope = max(1, (self.total(run_of(2 * size), by_form=True) - self.total(run_of(size), by_form=True)) // size)
+        found = 0
+        for _ in range(REFINEMENTS):
+            steps = (memory - self.total(run_of(size))) // slope
+            found = max(found, size) if steps >= 0 else found
+            nearer = int(min(max(size + steps, least), most))
+            if 0 <= steps < TOKEN_STEP or nearer == size:
+                break
+            size = nearer
+        return found
 
     def _offloaded(self, live: Live, row: Row, run: Run) -> Live:
         """`live` with the inputs of all layers but the one at work on the host."""
@@ -285,6 +289,14 @@ class MemoryEstimator:
         text = self.config.get_text_config()
         moved = (text.num_hidden_layers - 1) * row.tokens * text.hidden_size * self.training.dtype.itemsize
         return Live(live.kept - moved, live.peak - moved, live.scoring_peak)
+
+
+def _check_embeddings(skeleton: Skeleton) -> None:
+    """Raise ValueError for embeddings that cannot be kept on the host."""
+    weight = skeleton.model.get_input_embeddings().weight
+    reason = "tied to the head" if weight is skeleton.head.weight else "trained" if weight.requires_grad else ""
+    if reason:
+        raise ValueError(f"offload_embeddings=True keeps embeddings on the host, but here they are {reason}. Drop it.")
 
 
 def _count(parameters: list[nn.Parameter]) -> int:

@@ -10,10 +10,10 @@ from typing import ClassVar
 
 import torch
 
-from fastdpo.estimate.activations import MAX_LENGTH, PairShape
 from fastdpo.estimate.devices import GPUS, Device
+from fastdpo.estimate.rows import MAX_LENGTH, PairShape
 from fastdpo.training.options import FastDPOConfig
-from fastdpo.training.options.fields import like
+from fastdpo.training.options.fields import is_set, like
 from fastdpo.training.options.kinds import check_fields
 from fastdpo.training.options.sizes import (
     DEFAULT_MICRO_BATCH_TOKENS,
@@ -64,6 +64,17 @@ class EstimateConfig:
         FastDPOConfig, "gradient_checkpointing", "true, false, or auto: where the longest pair does not fit without."
     )
     activation_offloading: bool = like(FastDPOConfig, "activation_offloading")
+    offload_embeddings: bool = like(FastDPOConfig, "offload_embeddings")
+    lean_body: str = like(
+        FastDPOConfig, "lean_body", "Layers of known architectures with less memory: auto, on or off, as in training."
+    )
+    longest_pair: bool = field(
+        default=False,
+        metadata={
+            "help": "Print the longest pair that each --gpu_memory holds, of max_length's proportions, alone in its "
+            "micro-batch, and nothing else."
+        },
+    )
     head_workspace: str = like(
         FastDPOConfig, "head_workspace", "On a GPU, what the head's exponentials of a chunk may take."
     )
@@ -89,9 +100,21 @@ class EstimateConfig:
             without_effect(self, "head_workspace", "it is of a GPU, and device is the CPU; drop it.")
         if self.on_cpu and self.activation_offloading:
             without_effect(self, "activation_offloading", "it needs a GPU; on a CPU there is nowhere to move to.")
+        if self.on_cpu and self.offload_embeddings:
+            without_effect(self, "offload_embeddings", "it needs a GPU; on a CPU there is nowhere to move to.")
+        self._check_longest_pair()
         if self.on_cpu and self.gpu_memory:
             without_effect(self, "gpu_memory", "device='cpu'; name a GPU or neither.")
         self.cards()
+
+    def _check_longest_pair(self) -> None:
+        if not self.longest_pair:
+            return
+        if not self.gpu_memory:
+            raise ValueError("longest_pair=True is for cards: name one or several, such as --gpu_memory 12GB.")
+        for name in ("micro_batch_tokens", "per_device_train_batch_size"):
+            if is_set(self, name):
+                without_effect(self, name, "the longest pair is alone in its micro-batch. Drop it, or longest_pair.")
 
     def _check_magnitudes(self) -> None:
         """Raise ValueError for what is beyond any run, before anything is computed with it."""

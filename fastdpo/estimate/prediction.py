@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from fastdpo.estimate.activations import ConfigCounter, PairShape, Training
 from fastdpo.estimate.architectures import find_config, known_architectures, stored_weights
+from fastdpo.estimate.counter import Training
 from fastdpo.estimate.devices import measured_cpu
 from fastdpo.estimate.memory import MemoryEstimator, Part, Run, Surroundings
 from fastdpo.estimate.options import EstimateConfig
+from fastdpo.estimate.rows import PairShape
 from fastdpo.estimate.timing import StepTimes, optimizer_seconds, time_micro_batch
 from fastdpo.training.models.setup import refuse_router_loss
 from fastdpo.training.options import ModelConfig
@@ -26,16 +27,26 @@ from fastdpo.training.options.sizes import DEFAULT_MICRO_BATCH_TOKENS, head_work
 
 @dataclass(frozen=True)
 class Fit:
-    """What a card holds: micro_batch_tokens at most, and the longest pair alone; 0 and None if nothing fits."""
+    """What a card holds: micro_batch_tokens at most, and the longest pair alone; 0 and None if nothing fits, and None
+    for a budget that was not asked for. host_bytes: of the longest pair on the host."""
 
     gpu_memory: str
     checkpointing: bool
-    micro_batch_tokens: int
+    micro_batch_tokens: int | None
     longest_pair: PairShape | None
+    host_bytes: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """With tokens of the pair in its shared row, and of one answer with its prompt."""
+        found = dataclasses.asdict(self)
+        if self.longest_pair is not None:
+            found["longest_pair"] |= {"tokens": self.longest_pair.tokens, "context": self.longest_pair.context}
+        return found
 
 
 class Estimate:
-    """The figures of one call: `parts` sum to the predicted peak, `fits` is for the card, `times` for a step."""
+    """The figures of one call: `parts` sum to the predicted peak, `fits` is for the card, `times` for a step; `host` is
+    what the host holds for a GPU. With `longest_pair` there are `fits` alone."""
 
     def __init__(self, model: ModelConfig, config: EstimateConfig) -> None:
         """Raises ValueError, OSError for a model that cannot be predicted."""
@@ -54,9 +65,14 @@ class Estimate:
             for checkpointing in (False, True)
             if self._allowed(checkpointing)
         ]
+        self.parts: list[Part] = []
+        self.host: list[Part] = []
+        if config.longest_pair:
+            return
         self.checkpointing = self._checkpointing()
         self.run = dataclasses.replace(self._run(), micro_batch_tokens=self._budget())
-        self.parts: list[Part] = self.estimator(self.checkpointing).parts(self.run)
+        self.parts = self.estimator(self.checkpointing).parts(self.run)
+        self.host = self.estimator(self.checkpointing).host_parts(self.run)
         self.times = self._times()
 
     def estimator(self, checkpointing: bool) -> MemoryEstimator:
@@ -71,6 +87,8 @@ class Estimate:
                 flash=on_gpu,
                 checkpointing=checkpointing,
                 workspace=head_workspace_bytes(self.config.head_workspace),
+                lean_body=self.config.lean_body,
+                offload_embeddings=self.config.offload_embeddings,
             )
             self._estimators[checkpointing] = MemoryEstimator(self.architecture, training, self.surroundings)
         return self._estimators[checkpointing]
@@ -108,7 +126,10 @@ class Estimate:
 
     def _fit(self, card: str, memory: int, checkpointing: bool) -> Fit:
         estimator, run = self.estimator(checkpointing), self._run()
-        return Fit(card, checkpointing, estimator.largest_budget(run, memory), estimator.largest_pair(run, memory))
+        budget = None if self.config.longest_pair else estimator.largest_budget(run, memory)
+        pair = estimator.largest_pair(run, memory)
+        host = [] if pair is None else estimator.host_parts(dataclasses.replace(run, shape=pair, micro_batch_tokens=1))
+        return Fit(card, checkpointing, budget, pair, sum(part.bytes for part in host))
 
     def _checkpointing(self) -> bool:
         if self.config.gradient_checkpointing != "auto" or self.config.activation_offloading:
@@ -120,7 +141,7 @@ class Estimate:
         return found if found and self.config.micro_batch_tokens == "auto" else self._run().micro_batch_tokens
 
     def _times(self) -> StepTimes:
-        counter: ConfigCounter = self.estimator(self.checkpointing).counter
+        counter = self.estimator(self.checkpointing).counter
         batch = self.run.pairs_per_step * self.run.shape.tokens
         times = StepTimes.of(
             lambda row, training: time_micro_batch(counter, row, self.device, training=training),
@@ -135,6 +156,12 @@ class Estimate:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything that is printed, in bytes, tokens and seconds."""
+        if self.config.longest_pair:
+            return {
+                "predicted": True,
+                "model": self.model.model_name_or_path,
+                "fits": [fit.as_dict() for fit in self.fits],
+            }
         return {
             "predicted": True,
             "model": self.model.model_name_or_path,
@@ -143,7 +170,8 @@ class Estimate:
             "micro_batch_tokens": self.run.micro_batch_tokens,
             "parts": {part.name: part.bytes for part in self.parts},
             "peak_bytes": self.total(),
-            "fits": [dataclasses.asdict(fit) for fit in self.fits],
+            "host_parts": {part.name: part.bytes for part in self.host},
+            "fits": [fit.as_dict() for fit in self.fits],
             "seconds_per_scoring_pass": self.times.scoring,
             "seconds_per_training_pass": self.times.training,
         }

@@ -8,8 +8,10 @@ without CUDA cannot run a backward over fake CUDA tensors, and shapes and dtypes
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from fastdpo.shown import shown
+from fastdpo.training.body import LeanBody, Tiles
+from fastdpo.training.body.choice import cannot_be_had
 from fastdpo.training.memory.plan import enable_checkpointing
 from fastdpo.training.models.dropout import disable_dropout
 from fastdpo.training.models.loading import lora_config, quantization_config
@@ -33,6 +37,15 @@ BLOCK, NESTED_BLOCK = 64, 256
 _LARGEST = {"lora_r": 2**17, "lora_alpha": 2**53}
 
 
+class _FakeMode(FakeTensorMode):
+    """bitsandbytes' own fake of this operator compares a list with a torch.Size, and so refuses every output."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if str(func) == "bitsandbytes.dequantize_4bit.out":
+            return None
+        return super().__torch_dispatch__(func, types, args, kwargs or {})
+
+
 class Skeleton:
     """A model of fake tensors, and the mode in which it runs.
 
@@ -41,9 +54,12 @@ class Skeleton:
         head: its output embedding.
         mode: enter it to call the model.
         dtype: of the weights that are not quantised and of 4-bit compute.
+        lean: its lean body, or None.
     """
 
-    def __init__(self, config: PretrainedConfig, options: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: PretrainedConfig, options: ModelConfig, dtype: torch.dtype, *, lean_body: str = "off"
+    ) -> None:
         """Raises ValueError for an adapter that exists already, as what it holds is known only from its files, for
         DoRA, for a head that is more than one linear layer, and for attention that is more than causal segments."""
         if options.adapter_name_or_path is not None:
@@ -58,7 +74,7 @@ class Skeleton:
         for name, most in _LARGEST.items():
             if getattr(options, name) > most:
                 raise ValueError(f"{name} is more than {most:,}, the most that is predicted for; lower it.")
-        self.dtype, self.mode = dtype, FakeTensorMode(allow_non_fake_inputs=True)
+        self.dtype, self.mode = dtype, _FakeMode(allow_non_fake_inputs=True)
         with torch.device("meta"):
             model = bare_model(config, dtype)
             check_trainable_causal_lm(model)
@@ -77,10 +93,35 @@ class Skeleton:
         with self.mode:
             _fill(model)
         model.train()
+        self.lean = _lean_body(model, lean_body)
+
+    def body(self) -> AbstractContextManager[None]:
+        """Within it the model's forwards are those of training."""
+        return contextlib.nullcontext() if self.lean is None else self.lean.active()
+
+    def slice_rows(self) -> int | None:
+        """Tokens that its MLPs compute at a time; None where that is all of them."""
+        if self.lean is None:
+            return None
+        inner = getattr(self.model.config.get_text_config(), "intermediate_size", None)
+        return None if inner is None else self.lean.tiles.rows(inner, self.dtype.itemsize)
 
     def checkpoint_layers(self) -> None:
         """Recompute every layer in the backward, as training does it."""
         enable_checkpointing(self.model, {"use_reentrant": False})
+
+
+def _lean_body(model: PreTrainedModel, option: str) -> LeanBody | None:
+    """As a run chooses (`BodyChoice`), the check on its first batch aside. Raises ValueError for an "on" that cannot be
+    had."""
+    if option == "off":
+        return None
+    body = LeanBody(model, Tiles.on_gpu(24 * 10**9))
+    if body.reason or (body.foreign and option == "on"):
+        if option == "on":
+            raise cannot_be_had(body.reason or body.told())
+        return None
+    return body
 
 
 def bare_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastdpo.estimate.activations import SHALLOW, ConfigCounter, Row, counted_tokens, micro_batch
+from fastdpo.estimate.activations import micro_batch
+from fastdpo.estimate.counter import SHALLOW, ConfigCounter, counted_tokens
 from fastdpo.estimate.devices import Device
+from fastdpo.estimate.rows import Row
 from fastdpo.ops.linear_logprob.tiles import FUSED_ROWS, MAX_ROWS
 
 #: The order of the report.
@@ -138,17 +140,42 @@ class PassTimes:
 
 
 def time_micro_batch(counter: ConfigCounter, row: Row, device: Device, *, training: bool) -> PassTimes:
-    """A micro-batch of a training pass, forward and backward, or of a scoring pass."""
-    if row.tokens > (most := counted_tokens(row.shape)):
-        half, whole = (
-            time_micro_batch(counter, Row(size, row.shape), device, training=training) for size in (most // 2, most)
-        )
-        return half.extrapolated(whole, (row.tokens - most) / (most - most // 2))
+    """A micro-batch of a training pass, forward and backward, or of a scoring pass.
+
+    Of a row that is longer than is counted everything but attention is linear in its tokens.
+    """
+    ends = _counted_ends(row, counter.form_tokens if counter.training.flash else None)
+    if ends is None:
+        return _counted_times(counter, row, device, training)
+    half, whole = (_counted_times(counter, each, device, training) for each in ends)
+    found = half.extrapolated(whole, (row.tokens - ends[1].tokens) / (ends[1].tokens - ends[0].tokens))
+    seen = row.visible / ends[1].visible  # attention of a long row is bound by its products
+    return PassTimes(
+        found.seconds | {"attention": whole.seconds["attention"] * seen},
+        found.flops | {"attention": whole.flops["attention"] * seen},
+    )
+
+
+def _counted_ends(row: Row, longest: int | None) -> tuple[Row, Row] | None:
+    """Two rows of the same kind through which a line is drawn; None where the row itself is counted. longest: tokens of
+    the longest row that is counted on a GPU."""
+    shape = row.shape
+    if longest is not None and row.tokens > longest:
+        if shape.tokens > longest // 4:
+            first, second = (shape.scaled(size) for size in (longest // 2, longest))
+            return Row(first.tokens, first), Row(second.tokens, second)
+        most = longest // shape.tokens // 2 * 2 * shape.tokens
+        return Row(most // 2, shape), Row(most, shape)
+    if row.tokens > (most := counted_tokens(shape)):
+        return Row(most // 2, shape), Row(most, shape)
+    return None
+
+
+def _counted_times(counter: ConfigCounter, row: Row, device: Device, training: bool) -> PassTimes:
     options = counter.training.options
     found = []
-    visible = sum(item.queries * item.prefix + item.queries * (item.queries + 1) // 2 for item in row.segments().items)
     for skeleton in counter.skeletons:
-        times = OperatorTimes(device, visible, options.lora_r if options.use_lora else None)
+        times = OperatorTimes(device, row.visible, options.lora_r if options.use_lora else None)
         with micro_batch(skeleton.model, row, **counter.options(skeleton)) as forward, times:
             if training:
                 forward().sum().backward()

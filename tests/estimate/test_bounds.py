@@ -17,12 +17,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, MixtralConfig
 
-from fastdpo.estimate import activations, timing
-from fastdpo.estimate.activations import ConfigCounter, Live, PairShape, Row, Training, count_live, counted_tokens
+from fastdpo.estimate import counter as counting
+from fastdpo.estimate import timing
+from fastdpo.estimate.activations import Counts, count_live
+from fastdpo.estimate.counter import LARGEST_SLICE, ConfigCounter, Training, counted_tokens
 from fastdpo.estimate.devices import GPUS
 from fastdpo.estimate.memory import MemoryEstimator, Run, Surroundings
 from fastdpo.estimate.options import MAX_CARDS, MAX_PAIRS, EstimateConfig
 from fastdpo.estimate.prediction import Estimate
+from fastdpo.estimate.rows import PairShape, Row
+from fastdpo.estimate.sites import Site
 from fastdpo.estimate.timing import time_micro_batch
 from fastdpo.training.models.loading import load_config
 from fastdpo.training.models.setup import refuse_router_loss
@@ -148,13 +152,13 @@ def counter(flash: bool) -> ConfigCounter:
 @pytest.mark.parametrize("flash", [False, True])
 def test_a_longer_row_than_is_counted_lies_on_the_line(flash: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a count of it, as of any other."""
-    monkeypatch.setattr(activations, "COUNTED_PAIRS", 8)
+    monkeypatch.setattr(counting, "COUNTED_PAIRS", 8)
     made, row = counter(flash), Row(12 * SHAPE.tokens, SHAPE)
     assert counted_tokens(SHAPE) == 8 * SHAPE.tokens
     found, (skeleton,) = made.count(row), made.skeletons
     exact = count_live(skeleton.model, row, **made.options(skeleton))
     times = time_micro_batch(made, row, GPUS[0], training=True)
-    monkeypatch.setattr(activations, "COUNTED_PAIRS", 32)
+    monkeypatch.setattr(counting, "COUNTED_PAIRS", 32)
     assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(exact), rel=1e-3)
     assert times.flops == pytest.approx(time_micro_batch(made, row, GPUS[0], training=True).flops, rel=1e-9)
 
@@ -181,12 +185,12 @@ def bounded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Row]]:
 
     def check(row: Row) -> None:
         asked.append(row)
-        assert row.tokens <= counted_tokens(row.shape) <= max(2**20, 4 * row.shape.tokens)
-        assert row.tokens // row.shape.tokens <= 32
+        assert row.tokens <= 4 * LARGEST_SLICE
 
-    def line(model: Any, row: Row, **_: Any) -> Live:
+    def line(model: Any, row: Row, **_: Any) -> Counts:
         check(row)
-        return Live(1000 * row.tokens + 7, 1500 * row.tokens + 9, 1100 * row.tokens)
+        site = Site("", "", "")
+        return Counts(1000 * row.tokens + 7, {site: 1500 * row.tokens + 9}, {site: 1100 * row.tokens})
 
     @contextlib.contextmanager
     def nothing(model: Any, row: Row, **_: Any) -> Iterator[Any]:
@@ -194,7 +198,7 @@ def bounded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Row]]:
         yield lambda: torch.ones(1, requires_grad=True) * row.tokens
 
     with monkeypatch.context() as patch:
-        patch.setattr(activations, "count_live", line)
+        patch.setattr(counting, "count_sites", line)
         patch.setattr(timing, "micro_batch", nothing)
         yield asked
 

@@ -37,6 +37,11 @@ _TOLERANCES_16_BITS = (5e-2, 0.25)
 _SMALL = 1e-2
 
 
+def cannot_be_had(reason: str) -> ValueError:
+    """What is raised where a lean body is demanded, of a run and of an estimate alike."""
+    return ValueError(f"lean_body='on' cannot be had: {reason}. Set it to 'auto' or 'off'.")
+
+
 class BodyChoice:
     """Settles on lean bodies for the models of a run, on the first batch, alike on all ranks.
 
@@ -80,7 +85,7 @@ class BodyChoice:
     def _refuse(self, reason: str) -> None:
         """Go on without, or raise ValueError where it is demanded."""
         if self.args.lean_body == "on":
-            raise ValueError(f"lean_body='on' cannot be had: {reason}. Set it to 'auto' or 'off'.")
+            raise cannot_be_had(reason)
         logger.info("no lean body: %s.", reason)
 
     @contextmanager

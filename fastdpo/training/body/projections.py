@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastdpo.training.body.labels import NF4, part
 
@@ -91,7 +92,7 @@ def obstacle(module: Any) -> str:
             return "its 4-bit weight is packed for inference"
     elif type(layer) is not nn.Linear:
         return f"it is a {type(layer).__module__}.{type(layer).__name__}"
-    elif type(layer.weight) is not nn.Parameter:
+    elif type(layer.weight) not in (nn.Parameter, FakeTensor):  # a fake one is what an estimate counts with
         return f"its weight is a {type(layer.weight).__name__}"
     if layer.weight.requires_grad:
         return "its weight is trained"

@@ -26,6 +26,8 @@ from fastdpo.training.rows import tiled_attention
 
 #: FlashAttention pads sequences and head sizes to multiples of these (read in its source, never measured).
 _FLASH_BLOCK, _FLASH_DEPTH = 128, 32
+#: Asks a fake tensor where it is, which is half of all calls.
+_DEVICE = torch.ops.prim.device.default
 #: Operator → bytes that it takes within itself, from its arguments.
 Workspaces = Mapping[Any, Callable[..., int]]
 
@@ -68,26 +70,32 @@ class LiveBytes(TorchDispatchMode):
         self._references: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is _DEVICE:
+            return func(*args, **(kwargs or {}))
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):
                 self._see(tensor, own=False)
         result = func(*args, **(kwargs or {}))
         makes = not any(each.alias_info for each in func._schema.returns)
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._see(tensor, own=makes)
+        made = [x for x in tree_leaves(result) if isinstance(x, Tensor) and self._see(x, own=makes) and makes]
         workspace = self._workspaces.get(func)
-        self.peak = max(self.peak, self.live + (workspace(*args, **(kwargs or {})) if workspace else 0))
+        self._note(func, made, workspace(*args, **(kwargs or {})) if workspace else 0)
         return result
 
-    def _see(self, tensor: Tensor, own: bool) -> None:
+    def _note(self, func: Any, made: list[Tensor], workspace: int) -> None:
+        """After every operator: the tensors whose storages it made, and the bytes that it took within itself."""
+        self.peak = max(self.peak, self.live + workspace)
+
+    def _see(self, tensor: Tensor, own: bool) -> bool:
+        """Whether its storage appears for the first time."""
         storage = tensor.untyped_storage()
         key = id(storage)
         if key in self._references:
-            return
+            return False
         self._sizes[key] = storage.nbytes() if own else 0
         self._references[key] = weakref.ref(storage, lambda _: self._free(key))
         self.live += self._sizes[key]
+        return True
 
     def _free(self, key: int) -> None:
         self.live -= self._sizes.pop(key)

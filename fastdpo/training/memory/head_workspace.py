@@ -50,6 +50,11 @@ def gpu_head_workspace(hidden: Tensor, weight: Tensor, bias: Tensor | None, *opt
     return plan.bytes(vocab, width, item, unit_gradient=unit_gradient)
 
 
+def forward_options(unit_gradient: bool) -> tuple[Any, ...]:
+    """Options of the operator as far as they are read here, for who plans without calling it."""
+    return (*[None] * _UNIT_GRADIENT, unit_gradient)
+
+
 def trained_head_workspace(
     head: Callable[..., int], grad: Tensor, lse: Tensor, logps: Tensor, hidden: Tensor, weight: Tensor, *options: Any
 ) -> int:
