@@ -59,7 +59,8 @@ BESIDE: dict[str, dict[str, Any]] = {
         "beta_alpha", "beta_momentum", "keep_ratio", "min_beta", "beta_scope", "beta_variant")},
 }  # fmt: skip
 #: Refused by their own rules, or acting on a GPU alone.
-NEVER = {*REFUSED, "activation_offloading", "expandable_segments", "offload_embeddings", "torch_empty_cache_steps"}
+NEVER = {*REFUSED, "activation_offloading", "expandable_segments", "offload_embeddings", "torch_empty_cache_steps",
+         "use_liger_kernel"}  # fmt: skip
 #: Of the call, or secret: used, and not written.
 UNWRITTEN = {"local_rank", "overwrite_output_dir", "resume_from_checkpoint", "hub_token"}
 #: Other names of options (the first two, by the version of transformers), and what needs a group of processes.

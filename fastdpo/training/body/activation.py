@@ -1,6 +1,9 @@
 """The activation of a gated MLP, act(g)·u, with the gradient by hand and in place.
 
-dg = act'(g)·u·dh,   du = act(g)·dh
+    dg = act'(g)·u·dh,   du = act(g)·dh
+
+In the backward of a slice, `room` says where dg and du will be; `start` gives h once more and where dh goes; when that
+is known, `finish` makes dg and du of it.
 """
 
 from __future__ import annotations
@@ -21,21 +24,30 @@ class Activation:
     act: Callable[[Tensor, Tensor], object]
     gradient: Callable[[Tensor, Tensor, Tensor], object]
 
-    def forward(self, g: Tensor, u: Tensor, activated: Tensor | None = None) -> Tensor:
-        """h = act(g)·u, of one shape; act(g) goes to `activated` where it is wanted later."""
+    def forward(self, g: Tensor, u: Tensor) -> Tensor:
+        """h = act(g)·u, of one shape."""
         h = torch.empty(g.shape, dtype=g.dtype, device=g.device)
-        if activated is None:
-            self.act(g, h)
-            return h.mul_(u)
-        self.act(g, activated)
-        return torch.mul(activated, u, out=h)
+        self.act(g, h)
+        return h.mul_(u)
 
-    def backward(self, dh: Tensor, g: Tensor, u: Tensor, activated: Tensor) -> tuple[Tensor, Tensor]:
-        """(dg, du) in the memory of dh and `activated`, which is act(g)."""
-        du = activated.mul_(dh)
-        dh.mul_(u)
-        self.gradient(dh, g, dh)
-        return dh, du
+    def of(self, gate: Tensor) -> Activation:
+        """What serves a tensor like this one."""
+        return self
+
+    def room(self, both: Tensor, *, spent: bool) -> Tensor:
+        """Memory for dg and du, beside each other as gate and up are in `both`. spent: nobody reads these again."""
+        return torch.empty_like(both)
+
+    def start(self, dg: Tensor, du: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """h, and where dh is awaited. Here act(g) waits where du will be, and dh where dg will be."""
+        self.act(g, du)
+        return torch.mul(du, u), dg
+
+    def finish(self, dh: Tensor, dg: Tensor, du: Tensor, g: Tensor, u: Tensor) -> None:
+        """Writes dg and du; dh is where `start` said."""
+        du.mul_(dh)
+        dg.mul_(u)
+        self.gradient(dg, g, dg)
 
 
 def _gelu(approximate: str) -> Activation:

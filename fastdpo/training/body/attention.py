@@ -13,10 +13,10 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fastdpo.training.body.functions import Functions
 from fastdpo.training.body.linear import project
-from fastdpo.training.body.norm import NormKind, rms_norm
+from fastdpo.training.body.norm import NormKind
 from fastdpo.training.body.projections import read
-from fastdpo.training.body.rotary import rotate
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ def attention_forward(
     module: Any,
     kind: AttentionKind,
     norm: NormKind,
+    functions: Functions,
     eager: Callable[..., Any],
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
@@ -51,13 +52,12 @@ def attention_forward(
     shape = (*hidden_states.shape[:-1], -1, module.head_dim)
     query, key, value = _projected(module, kind, hidden_states)
     if kind.norms == "all":
-        query, key = rms_norm(query, module.q_norm, norm), rms_norm(key, module.k_norm, norm)
+        query, key = functions.norm(query, module.q_norm, norm), functions.norm(key, module.k_norm, norm)
     query, key, value = (each.view(shape) for each in (query, key, value))
     if kind.norms == "head":
-        query, key = rms_norm(query, module.q_norm, norm), rms_norm(key, module.k_norm, norm)
+        query, key = functions.norm(query, module.q_norm, norm), functions.norm(key, module.k_norm, norm)
     if getattr(module, "use_rope", True):  # SmolLM3 leaves some layers without positions
-        cos, sin = position_embeddings
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        query, key = functions.rotate(query, key, *position_embeddings)
     options: dict[str, Any] = {
         "scaling": module.scaling,
         "dropout": module.attention_dropout if module.training else 0.0,

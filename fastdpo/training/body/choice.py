@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fastdpo.training.body.functions import OWN
 from fastdpo.training.body.lean import LeanBody
+from fastdpo.training.body.liger import liger_functions
 from fastdpo.training.body.mlp import Tiles
 from fastdpo.training.models.unwrapped import model_class
 from fastdpo.training.options import FastDPOConfig
@@ -53,7 +55,7 @@ class BodyChoice:
         autocast: the run's precision.
         sharded: whether FSDP is on, whose layers gather their weights only around their own calls.
 
-    Raises ValueError where lean_body="on" cannot be had; the message says why.
+    Raises ValueError where lean_body="on" or use_liger_kernel=True cannot be had; the message says why.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class BodyChoice:
     ) -> None:
         self.args, self.scorer, self.ranks, self.autocast = args, scorer, ranks, autocast
         self.bodies: list[LeanBody] = []
+        self.functions = liger_functions() if args.liger else OWN
         self._settled = args.lean_body == "off"
         if self._settled:
             return
@@ -76,7 +79,7 @@ class BodyChoice:
             return
         tiles = Tiles.on_cpu() if args.device.type == "cpu" else Tiles.on_gpu(_memory(args))
         for model in models:
-            body = LeanBody(model, tiles)
+            body = LeanBody(model, tiles, self.functions)
             if body.reason or (body.foreign and args.lean_body == "on"):
                 self._refuse(body.reason or body.told())
             else:
@@ -86,6 +89,10 @@ class BodyChoice:
         """Go on without, or raise ValueError where it is demanded."""
         if self.args.lean_body == "on":
             raise cannot_be_had(reason)
+        if self.args.liger:
+            raise ValueError(
+                f"use_liger_kernel=True cannot be had, as its functions serve in a lean body: {reason}. Drop it."
+            )
         logger.info("no lean body: %s.", reason)
 
     @contextmanager
@@ -110,10 +117,11 @@ class BodyChoice:
                 self.bodies.remove(body)
                 self._refuse(f"{name}: {reason}")
                 logger.warning("the lean body of %s is not used: %s.", name, reason)
-            elif told := body.told():
-                logger.info("lean body of %s: %d modules. Not served: %s.", name, len(body.served), told)
-            else:
-                logger.info("lean body of %s: %d modules.", name, len(body.served))
+                continue
+            if self.args.liger and not self.functions.served:
+                self._refuse(f"{name}: {self.functions.told()}")
+            said = [self.functions.told(), f"Not served: {told}" if (told := body.told()) else ""]
+            logger.info("lean body of %s: %d modules. %s", name, len(body.served), " ".join(f"{s}." for s in said if s))
 
     def _mismatch(self, body: LeanBody, batch: TokenBatch, layout: Layout) -> str:
         """How the lean body's log-probs or gradients differ, or ""."""

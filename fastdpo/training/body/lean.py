@@ -11,18 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastdpo.shown import listed
-from fastdpo.training.body.activation import ACTIVATIONS
 from fastdpo.training.body.architectures import ARCHITECTURES, Architecture, eager_of
 from fastdpo.training.body.attention import attention_forward, qkv_modules
+from fastdpo.training.body.functions import OWN, Functions
 from fastdpo.training.body.mlp import Tiles, gated_mlp
-from fastdpo.training.body.norm import rms_norm
 from fastdpo.training.body.projections import is_4bit, obstacle, read, replaced
 from fastdpo.training.models.unwrapped import base_model, model_class
 
@@ -34,7 +32,7 @@ class LeanBody:
 
     Args:
         model: a causal LM, with or without adapters.
-        tiles: of its MLPs.
+        tiles: of its MLPs. functions: that compute norms, activations and positions.
 
     Attributes:
         served: names of the modules that have a lean forward.
@@ -42,8 +40,8 @@ class LeanBody:
         reason: why nothing is served, or "".
     """
 
-    def __init__(self, model: PreTrainedModel, tiles: Tiles) -> None:
-        self.model, self.tiles = model, tiles
+    def __init__(self, model: PreTrainedModel, tiles: Tiles, functions: Functions = OWN) -> None:
+        self.model, self.tiles, self.functions = model, tiles, functions
         self.served: list[str] = []
         self.left: dict[str, list[str]] = {}
         self.foreign: list[str] = []
@@ -104,7 +102,7 @@ class LeanBody:
             **kwargs: Any,
         ) -> tuple[Tensor, Tensor | None]:
             return attention_forward(
-                module, kind, architecture.norm, eager_of(module),
+                module, kind, architecture.norm, self.functions, eager_of(module),
                 hidden_states, position_embeddings, attention_mask, past_key_values, kwargs,
             )  # fmt: skip
 
@@ -117,7 +115,7 @@ class LeanBody:
             return reason
         config = base_model(self.model).config.get_text_config()
         name = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
-        activation = ACTIVATIONS.get(str(name))
+        activation = self.functions.activations.get(str(name))
         if activation is None:
             return f"its activation {name!r} is not served"
 
@@ -136,7 +134,8 @@ class LeanBody:
     def _norm(self, architecture: Architecture, module: Any, layer: Any) -> str:
         if reason := _norm_obstacle(module, architecture):
             return reason
-        self._forwards.append((module, partial(rms_norm, module=module, kind=architecture.norm)))
+        norm, kind = self.functions.norm, architecture.norm
+        self._forwards.append((module, lambda x: norm(x, module, kind)))
         return ""
 
     @contextmanager

@@ -154,7 +154,7 @@ def _forward(x: Tensor, mlp: Mlp, kept: Tensor | None) -> tuple[Tensor, Tensor |
         out, gate, up = mlp.inner_pair(both.view(rows.stop - rows.start, -1))
         _, xa = mlp.gate_up.forward(x[rows], first, merged=mlp.merged[0], keep=keep, out=out)
         with part(ACTIVATION):
-            h = mlp.activation.forward(gate, up)
+            h = mlp.activation.of(gate).forward(gate, up)
         del gate, up, out, both
         _, ha = mlp.down.forward(h.to(mlp.down.dtype), second, merged=mlp.merged[1], keep=keep, out=[y[rows]])
         if keep:
@@ -199,21 +199,22 @@ def _backward(
         out, gate, up = mlp.inner_pair(both.view(size, -1))
         if kept is None:
             _, xa = mlp.gate_up.forward(xs, first, merged=mlp.merged[0], keep=True, out=out)
-        d_both = x.new_empty(2 * size * mlp.inner)
-        d_out, d_gate, d_up = mlp.inner_pair(d_both.view(size, -1))
+        activation = mlp.activation.of(gate)
         with part(ACTIVATION):
-            h = mlp.activation.forward(gate, up, d_up).to(mlp.down.dtype)
+            d_both = activation.room(both, spent=kept is None)
+            d_out, d_gate, d_up = mlp.inner_pair(d_both.view(size, -1))
+            h, awaited = activation.start(d_gate, d_up, gate, up)
+            h = h.to(mlp.down.dtype)
         if ha is None and mlp.down.a is not None:
             ha = mlp.down.through_a(h)
-        # act(gate) waits where the gradient of up will be, and the gradient of h where that of gate will be
-        dh = d_gate if d_gate.dtype == mlp.down.dtype else torch.empty_like(h)
+        dh = awaited if awaited.dtype == mlp.down.dtype else torch.empty_like(h)
         mlp.down.backward(h, [dys], ha, second, gradients[1], merged=mlp.merged[1], dx=dh)
         del h
         with part(ACTIVATION):
-            if dh is not d_gate:
-                d_gate.copy_(dh)
-            mlp.activation.backward(d_gate, gate, up, d_up)
-        del gate, up, out, both, dh
+            if dh is not awaited:
+                awaited.copy_(dh)
+            activation.finish(awaited, d_gate, d_up, gate, up)
+        del gate, up, out, both, dh, awaited
         into = None if dx is None else dx[rows]
         mlp.gate_up.backward(xs, d_out, xa, first, gradients[0], merged=mlp.merged[0], dx=into)
     return dx, [*gradients[0].listed(), *gradients[1].listed()]

@@ -20,10 +20,9 @@ from fastdpo.training.body.labels import ATTENTION, part
 _SLICE = 2**20
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (R, T, heads, D), cos and sin (R or 1, T, D' ≤ D) → (R, T, heads, D)."""
-    y: Tensor = _Rotate.apply(x, cos, sin)
-    return y
+def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """query, key (R, T, heads, D), cos and sin (R or 1, T, D' ≤ D) → both (R, T, heads, D)."""
+    return _Rotate.apply(query, cos, sin), _Rotate.apply(key, cos, sin)
 
 
 class _Rotate(torch.autograd.Function):

@@ -221,12 +221,14 @@ class _Withheld(str):
 
 
 def fold_accumulation(args: FastDPOConfig) -> FastDPOConfig:
-    """A copy of `args` whose dataloader batch is the whole optimizer batch: transformers accumulates nothing, and
-    checkpoints no layers."""
+    """A copy of `args` whose dataloader batch is the whole optimizer batch: transformers accumulates nothing,
+    checkpoints no layers, and has liger-kernel patch nothing."""
     folded = copy.copy(args)
     folded.per_device_train_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
     folded.gradient_accumulation_steps = 1
     # transformers would switch it on at once; here it belongs to the memory plan, which reads `checkpointing`
     folded.checkpointing = args.gradient_checkpointing
     folded.gradient_checkpointing = _Withheld(args.gradient_checkpointing)
+    if args.use_liger_kernel:  # the lean body reads `liger`
+        folded.use_liger_kernel = _Withheld("true")  # type: ignore[assignment]
     return folded

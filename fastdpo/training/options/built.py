@@ -15,7 +15,7 @@ _LIVE = ("overwrite_output_dir", "resume_from_checkpoint", "ignore_unused_option
 #: Options of transformers that are bound then too, by its accelerator or by this trainer.
 _BOUND = (
     "bf16", "fp16", "use_cpu", "fsdp", "fsdp_config", "gradient_accumulation_steps", "gradient_checkpointing",
-    "activation_checkpointing", "full_determinism", "accelerator_config",
+    "activation_checkpointing", "full_determinism", "accelerator_config", "use_liger_kernel",
 )  # fmt: skip
 
 

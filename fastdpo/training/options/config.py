@@ -15,6 +15,7 @@ from fastdpo.loss import DynamicBeta
 from fastdpo.training.options.effects import check_effects
 from fastdpo.training.options.fields import default_of, like, metadata_of, parameter
 from fastdpo.training.options.kinds import OptionError, check_fields, kinds_of, seen
+from fastdpo.training.options.liger import check_liger
 from fastdpo.training.options.losses import check_losses, loss_options, loss_parameters, make_dynamic_beta
 from fastdpo.training.options.optimizer import (
     OPTIMIZERS,
@@ -178,6 +179,13 @@ class FastDPOConfig(TrainingArguments):
             "choices": ["auto", "on", "off"],
         },
     )
+    use_liger_kernel: bool = field(
+        default=False,
+        metadata={
+            "help": "On a GPU, liger-kernel's functions compute the lean body's norms, activations and positions. "
+            "They patch nothing. Needs liger-kernel: pip install 'fastdpo[liger]'."
+        },
+    )
     deterministic_attention: bool = field(
         default=False,
         metadata={
@@ -267,6 +275,7 @@ class FastDPOConfig(TrainingArguments):
             name = option.partition("=")[0]
             setattr(self, name, default_of(self, name))
         check_offloading(self)
+        check_liger(self.liger)
         if self.optim == "auto":
             self.optim = automatic_optimizer(torch.cuda.is_available() and not self.use_cpu)
         check_optimizer_package(self.optim)
@@ -317,6 +326,12 @@ class FastDPOConfig(TrainingArguments):
                 )
             self.gradient_checkpointing = asked
             self.activation_checkpointing = None
+
+    @property
+    def liger(self) -> bool:
+        """Whether liger-kernel's functions serve in the lean body; also where transformers reads `use_liger_kernel` as
+        off."""
+        return str(self.use_liger_kernel).lower() == "true"
 
     @property
     def memory_limit_bytes(self) -> int | None:

@@ -67,6 +67,16 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Any, _OnGPU], Any], str], ...] = 
         "this run is on a CPU, whose memory torch takes in another way. Drop it.",
     ),
     (
+        ("use_liger_kernel",),
+        lambda args, gpu: gpu,
+        "liger-kernel's functions are for GPUs, and this run is on a CPU. Drop it.",
+    ),
+    (
+        ("use_liger_kernel",),
+        lambda args, gpu: args.lean_body != "off",
+        "its functions serve in the lean body, and lean_body='off'. Set lean_body to auto or on, or drop it.",
+    ),
+    (
         ("reference_cache_dir",),
         lambda args, gpu: args.reference != "online",
         "reference='online' keeps nothing. Choose lazy or precompute.",

@@ -39,7 +39,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "label_names": ((None,), "Pairs have no labels."),
     "label_smoothing_factor": ((0.0,), "It smooths token labels. For noisy preferences set `label_smoothing`."),
     "length_column_name": (("length",), "Batches are not grouped by length; micro-batches are sorted by it."),
-    "liger_kernel_config": ((None,), "It patches the loss that this trainer computes itself."),
+    "liger_kernel_config": ((None,), "It says what liger-kernel patches, and here nothing is patched."),
     "logging_nan_inf_filter": (
         (False,),
         "It would hide a non-finite loss, which stops the run here. It is on in transformers: leave it out of what "
@@ -52,7 +52,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "torch_compile": ((False,), _RECOMPILES),
     "torch_compile_backend": ((None,), _RECOMPILES),
     "torch_compile_mode": ((None,), _RECOMPILES),
-    "use_liger_kernel": ((False,), "It patches the loss that this trainer computes itself."),
 }
 REFUSED_OPTIMIZERS = ("lomo", "adalomo")
 

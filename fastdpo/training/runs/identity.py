@@ -55,7 +55,7 @@ _SELECTION_OPTIONS = (
 _NOTED_OPTIONS = (
     "max_steps", "num_train_epochs", "save_strategy", "save_steps", "save_total_limit", "eval_strategy", "eval_steps",
     "logging_steps", "micro_batch_tokens", "memory_limit", "checkpointing", "activation_offloading",
-    "offload_embeddings", "prefix_sharing", "packing", "lean_body", "reference", "backend", "fsdp",
+    "offload_embeddings", "prefix_sharing", "packing", "lean_body", "liger", "reference", "backend", "fsdp",
 )  # fmt: skip
 #: Of a scheduler's state, what training moves.
 _MOVING = ("last_epoch", "verbose", "best", "num_bad_epochs", "cooldown_counter")

@@ -113,7 +113,6 @@ TRAINING_ARGUMENTS = {
     "prediction_loss_only": True,
     "save_on_each_node": True,
     "torch_compile": True,
-    "use_liger_kernel": True,
 }
 
 

@@ -41,6 +41,7 @@ UNUSED: dict[str, dict[str, Any]] = {
     "save_steps": {"save_steps": 3, "save_strategy": "epoch"},
     "simpo_gamma": {"simpo_gamma": 1.0},
     "torch_empty_cache_steps": {"torch_empty_cache_steps": 3},
+    "use_liger_kernel": {"use_liger_kernel": True},
     "warmup_steps": {"warmup_steps": 3, "lr_scheduler_type": "constant"},
 }
 
