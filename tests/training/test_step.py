@@ -113,14 +113,14 @@ def test_dynamic_beta_follows_a_loss_that_has_a_beta(tmp_path: Path) -> None:
     assert trainer.state.log_history[0]["beta/value"] == pytest.approx(0.5, abs=1e-4)
 
 
-#: One row per completion, and the reference in every step.
-PLAINEST = {"prefix_sharing": "off", "packing": "off", "reference": "online"}
+#: One row per completion through transformers' and peft's own modules, and the reference in every step.
+PLAINEST = {"prefix_sharing": "off", "packing": "off", "reference": "online", "lean_body": "off"}
 #: Ways to compute the same update.
 PARTITIONS: list[dict[str, str]] = [
     {"micro_batch_tokens": "1"},
     {"micro_batch_tokens": "90"},
     {"micro_batch_tokens": "90", "packing": "off", "reference": "precompute"},
-    {"micro_batch_tokens": "90", "prefix_sharing": "off", "gradient_checkpointing": "true"},
+    {"micro_batch_tokens": "90", "prefix_sharing": "off", "gradient_checkpointing": "true", "lean_body": "on"},
     {"micro_batch_tokens": "90"} | PLAINEST,
 ]
 
@@ -133,7 +133,7 @@ def run(folder: Path, pairs: int = 24, **options: Any) -> tuple[dict[str, torch.
 
 @pytest.mark.parametrize("name", CUTS)
 def test_update_does_not_depend_on_the_cut(name: str, tmp_path: Path) -> None:
-    """22 pairs in batches of 8: the last batch is short. Nor on the layout, nor on when the reference is computed."""
+    """22 pairs in batches of 8: the last batch is short. Nor on the layout, nor on when the reference is computed, nor on the lean body."""
     options = {"optim": "sgd", "learning_rate": 0.05, "num_train_epochs": 1} | CUTS[name]
     whole = run(tmp_path / "all", pairs=22, micro_batch_tokens="100000", **PLAINEST, **options)
     start = run(tmp_path / "start", pairs=22, **(options | {"learning_rate": 1e-12}))

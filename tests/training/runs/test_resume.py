@@ -81,8 +81,9 @@ def test_resume_after_a_kill_is_bitwise_equal(killed: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("step", [2, 4])
 def test_resume_with_a_reference_cache_is_bitwise_equal(step: int, reference: str, work: Work, tmp_path: Path) -> None:
     """Killed in the step after checkpoint 2, in the first epoch, where a lazy cache holds 16 of 24 pairs; and after
-    checkpoint 4, in the second, where it is full."""
+    checkpoint 4, in the second, where it is full. Once with a lean body that is recomputed."""
     options = OPTIONS | {"max_steps": 6, "save_steps": 2, "reference": reference, "micro_batch_tokens": "90"}
+    options |= {"lean_body": "on", "gradient_checkpointing": "true"} if reference == "precompute" else {}
     folder = tmp_path / "killed"
     code, stderr = work(folder, event="kill", at=step + 1, options=options)
     assert code == -signal.SIGKILL, stderr[-2000:]
