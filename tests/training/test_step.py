@@ -133,7 +133,8 @@ def run(folder: Path, pairs: int = 24, **options: Any) -> tuple[dict[str, torch.
 
 @pytest.mark.parametrize("name", CUTS)
 def test_update_does_not_depend_on_the_cut(name: str, tmp_path: Path) -> None:
-    """22 pairs in batches of 8: the last batch is short. Nor on the layout, nor on when the reference is computed, nor on the lean body."""
+    """22 pairs in batches of 8: the last batch is short. Nor on the layout, on when the reference is computed, or on a
+    lean body."""
     options = {"optim": "sgd", "learning_rate": 0.05, "num_train_epochs": 1} | CUTS[name]
     whole = run(tmp_path / "all", pairs=22, micro_batch_tokens="100000", **PLAINEST, **options)
     start = run(tmp_path / "start", pairs=22, **(options | {"learning_rate": 1e-12}))

@@ -87,12 +87,12 @@ class BodyChoice:
 
     def _refuse(self, reason: str) -> None:
         """Go on without, or raise ValueError where it is demanded."""
-        if self.args.lean_body == "on":
-            raise cannot_be_had(reason)
         if self.args.liger:
             raise ValueError(
                 f"use_liger_kernel=True cannot be had, as its functions serve in a lean body: {reason}. Drop it."
             )
+        if self.args.lean_body == "on":
+            raise cannot_be_had(reason)
         logger.info("no lean body: %s.", reason)
 
     @contextmanager
@@ -120,8 +120,9 @@ class BodyChoice:
                 continue
             if self.args.liger and not self.functions.served:
                 self._refuse(f"{name}: {self.functions.told()}")
-            said = [self.functions.told(), f"Not served: {told}" if (told := body.told()) else ""]
-            logger.info("lean body of %s: %d modules. %s", name, len(body.served), " ".join(f"{s}." for s in said if s))
+            said = [f"lean body of {name}: {len(body.served)} modules", self.functions.told()]
+            said += [f"Not served: {told}"] if (told := body.told()) else []
+            logger.info("%s", " ".join(f"{each}." for each in said if each))
 
     def _mismatch(self, body: LeanBody, batch: TokenBatch, layout: Layout) -> str:
         """How the lean body's log-probs or gradients differ, or ""."""
