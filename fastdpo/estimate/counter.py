@@ -22,6 +22,7 @@ from fastdpo.estimate.activations import Counts, HeadWorkspace, Live, count_site
 from fastdpo.estimate.rows import PairShape, Row
 from fastdpo.estimate.skeleton import Skeleton, has_equal_layers, with_layers
 from fastdpo.ops.linear_logprob.tiles import WORKSPACE
+from fastdpo.training.body.mlp import SMALL_MEMORY, Tiles
 from fastdpo.training.options import ModelConfig
 from fastdpo.training.rows.attention import UnsupportedAttention
 
@@ -45,6 +46,7 @@ class Training:
     options: quantisation and LoRA. dtype: of what is not quantised, and of 4-bit compute. autocast: its dtype, or None.
     flash: as `micro_batch` takes it. checkpointing: every layer is recomputed in the backward. workspace: bytes that a
     GPU's head may take for exponentials. lean_body: the option. offload_embeddings: they are looked up on the host.
+    gpu_memory: of the card, from which the lean body's slices follow; None: one that is not small, or a CPU's.
     """
 
     options: ModelConfig
@@ -55,6 +57,12 @@ class Training:
     workspace: int = WORKSPACE
     lean_body: str = "auto"
     offload_embeddings: bool = False
+    gpu_memory: int | None = None
+
+    @property
+    def tiles(self) -> Tiles:
+        """Of the lean body, as a run has them."""
+        return Tiles.on_gpu(self.gpu_memory or SMALL_MEMORY) if self.flash else Tiles.on_cpu()
 
 
 def counted_tokens(shape: PairShape) -> int:
@@ -113,7 +121,13 @@ class ConfigCounter:
         self.skeletons = [self._skeleton(with_layers(config, depth)) for depth in depths]
 
     def _skeleton(self, config: PretrainedConfig) -> Skeleton:
-        made = Skeleton(config, self.training.options, self.training.dtype, lean_body=self.training.lean_body)
+        made = Skeleton(
+            config,
+            self.training.options,
+            self.training.dtype,
+            lean_body=self.training.lean_body,
+            tiles=self.training.tiles,
+        )
         if self.training.checkpointing:
             made.checkpoint_layers()
         return made

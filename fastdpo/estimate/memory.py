@@ -11,6 +11,7 @@ device is assumed, in the constants below, and says so in its note.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -142,7 +143,17 @@ class MemoryEstimator:
         if training.offload_embeddings:
             _check_embeddings(self.skeleton)
         self.counter = ConfigCounter(config, training)
+        self._of_cards = {training.tiles: self}
         self._resident: dict[bool, list[Part]] = {}
+
+    def on_card(self, memory: int) -> MemoryEstimator:
+        """The same for a card of `memory` bytes, which decides how the lean body slices."""
+        training = replace(self.training, gpu_memory=memory)
+        if training.tiles not in self._of_cards:
+            other = copy.copy(self)
+            other.training, other.counter = training, ConfigCounter(self.config, training)
+            self._of_cards[training.tiles] = other
+        return self._of_cards[training.tiles]
 
     def resident(self, optimizer_8bit: bool) -> list[Part]:
         """What is there at every moment of training."""
