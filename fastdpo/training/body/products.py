@@ -113,6 +113,7 @@ class Products:
                     y = torch.mm(x, weight.t(), out=into)
                 else:
                     y = torch.addmm(projection.bias.detach().to(self.dtype), x, weight.t(), out=into)
+            del weight  # before the next one is made
             b = self.b[j]
             if b is not None and not merged:
                 assert xa is not None
@@ -153,6 +154,7 @@ class Products:
                         dx.addmm_(dy, weight)
                     else:
                         torch.mm(dy, weight, out=dx)
+                del weight  # before the next one is made
             if not given:
                 dx.zero_()
         for j, dy in given:
