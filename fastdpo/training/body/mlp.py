@@ -101,6 +101,11 @@ class Mlp:
         found = self.gate_up.weights(merged=self.merged[0]), self.down.weights(merged=self.merged[1])
         return (_once(found[0]), _once(found[1])) if self.tiles.weights_at_once else found
 
+    def forget(self) -> None:
+        """Free the copies of the adapters."""
+        self.gate_up.forget()
+        self.down.forget()
+
     def inner_pair(self, both: Tensor) -> tuple[list[Tensor | None], Tensor, Tensor]:
         """A tensor (N, 2·I) as what the layers write, and as gate and up: for two layers in two halves of memory."""
         if len(self.gate_up.projections) == 1:
@@ -160,6 +165,7 @@ def _forward(x: Tensor, mlp: Mlp, kept: Tensor | None) -> tuple[Tensor, Tensor |
         if keep:
             xas.append(xa)
             has.append(ha)
+    mlp.forget()
     return y, _stacked(xas), _stacked(has)
 
 
@@ -216,6 +222,7 @@ def _backward(
         del gate, up, out, both, dh
         into = None if dx is None else dx[rows]
         mlp.gate_up.backward(xs, d_out, xa, first, gradients[0], merged=mlp.merged[0], dx=into)
+    mlp.forget()
     return dx, [*gradients[0].listed(), *gradients[1].listed()]
 
 
