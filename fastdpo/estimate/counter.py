@@ -1,6 +1,7 @@
 """`Live` of any row of any depth, out of a few counts of short rows of shallow models.
 
-Over layers: models of equal layers are counted with two and with three, and the rest is the same again.
+Over layers: models of equal layers are counted with two and with three, and the rest is the same again. Where one more
+layer keeps its input and nothing else, as checkpointed lean ones do, one such difference says it for every row.
 Over tokens, on a GPU: beyond a few slices of the body every place's bytes are linear in the tokens of a row, in those
 that are scored and in its sequences, so four counts give them all. On a CPU attention's masks grow with the square of a
 sequence: there a long row of several pairs is on the line through shorter ones.
@@ -116,7 +117,10 @@ class ConfigCounter:
         self.training = training
         self._counts: dict[Row, Counts] = {}
         self._forms: dict[int, RowForm] = {}
-        self.layers: int = config.get_text_config().num_hidden_layers
+        #: 1 where one more layer's input is alive, 0 elsewhere, if layers keep nothing else.
+        self._keepers: Counts | None = None
+        text = config.get_text_config()
+        self.layers, self.hidden = int(text.num_hidden_layers), int(text.hidden_size)
         depths = SHALLOW if self.layers > SHALLOW[-1] and has_equal_layers(config) else (self.layers,)
         self.skeletons = [self._skeleton(with_layers(config, depth)) for depth in depths]
 
@@ -172,10 +176,22 @@ class ConfigCounter:
 
     def _counted(self, row: Row) -> Counts:
         if row not in self._counts:
-            found = [self._at_depth(each, row) for each in self.skeletons]
-            steps = self.layers - SHALLOW[1]
-            self._counts[row] = Counts.combined([-steps, 1 + steps], found) if len(found) > 1 else found[0]
+            shallow = self._at_depth(self.skeletons[0], row)
+            if len(self.skeletons) > 1:
+                more = self.layers - SHALLOW[0]
+                shallow = Counts.combined([1, more], [shallow, self._one_layer(shallow, row)])
+            self._counts[row] = shallow
         return self._counts[row]
+
+    def _one_layer(self, shallow: Counts, row: Row) -> Counts:
+        """What one more layer takes in a row. shallow: the row's count with the fewest layers."""
+        inputs = row.tokens * self.hidden * self.training.dtype.itemsize
+        if self._keepers is not None and self._keepers.training.keys() == shallow.training.keys():
+            return Counts.combined([inputs], [self._keepers])
+        found = Counts.combined([-1, 1], [shallow, self._at_depth(self.skeletons[1], row)])
+        if {found.kept, *found.training.values()} <= {0, inputs} and not any(found.scoring.values()):
+            self._keepers = Counts.combined([Fraction(1, inputs)], [found])
+        return found
 
     def _at_depth(self, skeleton: Skeleton, row: Row) -> Counts:
         try:

@@ -40,6 +40,7 @@ def attention_forward(
     module: Any,
     kind: AttentionKind,
     norm: NormKind,
+    elements: int,
     eager: Callable[..., Any],
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
@@ -47,17 +48,24 @@ def attention_forward(
     past_key_values: Any,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """hidden_states (R, T, H) → (R, T, H), and the attention weights where the function returns them."""
+    """hidden_states (R, T, H) → (R, T, H), and the attention weights where the function returns them.
+
+    elements: of a slice of norms and rotary positions.
+    """
     shape = (*hidden_states.shape[:-1], -1, module.head_dim)
+
+    def normed(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        return rms_norm(query, module.q_norm, norm, elements), rms_norm(key, module.k_norm, norm, elements)
+
     query, key, value = _projected(module, kind, hidden_states)
     if kind.norms == "all":
-        query, key = rms_norm(query, module.q_norm, norm), rms_norm(key, module.k_norm, norm)
+        query, key = normed(query, key)
     query, key, value = (each.view(shape) for each in (query, key, value))
     if kind.norms == "head":
-        query, key = rms_norm(query, module.q_norm, norm), rms_norm(key, module.k_norm, norm)
+        query, key = normed(query, key)
     if getattr(module, "use_rope", True):  # SmolLM3 leaves some layers without positions
         cos, sin = position_embeddings
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        query, key = (rotate(each, cos, sin, elements) for each in (query, key))
     options: dict[str, Any] = {
         "scaling": module.scaling,
         "dropout": module.attention_dropout if module.training else 0.0,

@@ -34,7 +34,7 @@ class LeanBody:
 
     Args:
         model: a causal LM, with or without adapters.
-        tiles: of its MLPs.
+        tiles: of its MLPs, norms and rotary positions.
 
     Attributes:
         served: names of the modules that have a lean forward.
@@ -104,7 +104,7 @@ class LeanBody:
             **kwargs: Any,
         ) -> tuple[Tensor, Tensor | None]:
             return attention_forward(
-                module, kind, architecture.norm, eager_of(module),
+                module, kind, architecture.norm, self.tiles.elements, eager_of(module),
                 hidden_states, position_embeddings, attention_mask, past_key_values, kwargs,
             )  # fmt: skip
 
@@ -136,7 +136,8 @@ class LeanBody:
     def _norm(self, architecture: Architecture, module: Any, layer: Any) -> str:
         if reason := _norm_obstacle(module, architecture):
             return reason
-        self._forwards.append((module, partial(rms_norm, module=module, kind=architecture.norm)))
+        norm = partial(rms_norm, module=module, kind=architecture.norm, elements=self.tiles.elements)
+        self._forwards.append((module, norm))
         return ""
 
     @contextmanager
