@@ -268,6 +268,8 @@ class MemoryEstimator:
 
     def _largest(self, run_of: Callable[[int], Run], least: int, most: int, memory: int) -> int:
         """The largest size in [least, most] whose run fits into `memory`, to TOKEN_STEP; 0 if none does."""
+        if sum(part.bytes for part in self.resident(run_of(least).optimizer_8bit)) > memory:
+            return 0
         fits, fails = least, most + 1
         if self.total(run_of(most), by_form=True) <= memory:
             fits = most
