@@ -1,6 +1,7 @@
 """`Live` of any row of any depth, out of a few counts of short rows of shallow models.
 
-Over layers: models of equal layers are counted with two and with three, and the rest is the same again.
+Over layers: models of equal layers are counted with two and with three, and the rest is the same again. Where one more
+layer keeps its input and nothing else, as checkpointed lean ones do, one such difference says it for every row.
 Over tokens, on a GPU: beyond a few slices of the body every place's bytes are linear in the tokens of a row, in those
 that are scored and in its sequences, so four counts give them all. On a CPU attention's masks grow with the square of a
 sequence: there a long row of several pairs is on the line through shorter ones.
@@ -22,6 +23,7 @@ from fastdpo.estimate.activations import Counts, HeadWorkspace, Live, count_site
 from fastdpo.estimate.rows import PairShape, Row
 from fastdpo.estimate.skeleton import Skeleton, has_equal_layers, with_layers
 from fastdpo.ops.linear_logprob.tiles import WORKSPACE
+from fastdpo.training.body.mlp import SMALL_MEMORY, Tiles
 from fastdpo.training.options import ModelConfig
 from fastdpo.training.rows.attention import UnsupportedAttention
 
@@ -45,6 +47,7 @@ class Training:
     options: quantisation and LoRA. dtype: of what is not quantised, and of 4-bit compute. autocast: its dtype, or None.
     flash: as `micro_batch` takes it. checkpointing: every layer is recomputed in the backward. workspace: bytes that a
     GPU's head may take for exponentials. lean_body: the option. offload_embeddings: they are looked up on the host.
+    gpu_memory: of the card, from which the lean body's slices follow; None: one that is not small, or a CPU's.
     """
 
     options: ModelConfig
@@ -55,6 +58,12 @@ class Training:
     workspace: int = WORKSPACE
     lean_body: str = "auto"
     offload_embeddings: bool = False
+    gpu_memory: int | None = None
+
+    @property
+    def tiles(self) -> Tiles:
+        """Of the lean body, as a run has them."""
+        return Tiles.on_gpu(self.gpu_memory or SMALL_MEMORY) if self.flash else Tiles.on_cpu()
 
 
 def counted_tokens(shape: PairShape) -> int:
@@ -108,12 +117,21 @@ class ConfigCounter:
         self.training = training
         self._counts: dict[Row, Counts] = {}
         self._forms: dict[int, RowForm] = {}
-        self.layers: int = config.get_text_config().num_hidden_layers
+        #: 1 where one more layer's input is alive, 0 elsewhere, if layers keep nothing else.
+        self._keepers: Counts | None = None
+        text = config.get_text_config()
+        self.layers, self.hidden = int(text.num_hidden_layers), int(text.hidden_size)
         depths = SHALLOW if self.layers > SHALLOW[-1] and has_equal_layers(config) else (self.layers,)
         self.skeletons = [self._skeleton(with_layers(config, depth)) for depth in depths]
 
     def _skeleton(self, config: PretrainedConfig) -> Skeleton:
-        made = Skeleton(config, self.training.options, self.training.dtype, lean_body=self.training.lean_body)
+        made = Skeleton(
+            config,
+            self.training.options,
+            self.training.dtype,
+            lean_body=self.training.lean_body,
+            tiles=self.training.tiles,
+        )
         if self.training.checkpointing:
             made.checkpoint_layers()
         return made
@@ -158,10 +176,22 @@ class ConfigCounter:
 
     def _counted(self, row: Row) -> Counts:
         if row not in self._counts:
-            found = [self._at_depth(each, row) for each in self.skeletons]
-            steps = self.layers - SHALLOW[1]
-            self._counts[row] = Counts.combined([-steps, 1 + steps], found) if len(found) > 1 else found[0]
+            shallow = self._at_depth(self.skeletons[0], row)
+            if len(self.skeletons) > 1:
+                more = self.layers - SHALLOW[0]
+                shallow = Counts.combined([1, more], [shallow, self._one_layer(shallow, row)])
+            self._counts[row] = shallow
         return self._counts[row]
+
+    def _one_layer(self, shallow: Counts, row: Row) -> Counts:
+        """What one more layer takes in a row. shallow: the row's count with the fewest layers."""
+        inputs = row.tokens * self.hidden * self.training.dtype.itemsize
+        if self._keepers is not None and self._keepers.training.keys() == shallow.training.keys():
+            return Counts.combined([inputs], [self._keepers])
+        found = Counts.combined([-1, 1], [shallow, self._at_depth(self.skeletons[1], row)])
+        if {found.kept, *found.training.values()} <= {0, inputs} and not any(found.scoring.values()):
+            self._keepers = Counts.combined([Fraction(1, inputs)], [found])
+        return found
 
     def _at_depth(self, skeleton: Skeleton, row: Row) -> Counts:
         try:

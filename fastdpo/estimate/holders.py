@@ -16,6 +16,7 @@ from fastdpo.estimate.counter import SHALLOW, ConfigCounter
 from fastdpo.estimate.rows import Row
 from fastdpo.estimate.sites import Holding, Site
 from fastdpo.estimate.skeleton import Skeleton
+from fastdpo.training.memory.arena import ON_DEVICE
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,10 @@ class Holder:
 
 def holders(counter: ConfigCounter, row: Row, *, offload: bool = False) -> tuple[Site, list[Holder]]:
     """The place at which a training micro-batch takes most, and who holds memory there, the largest first. offload:
-    layer inputs but one are on the host."""
+    layer inputs but those of two layers are on the host."""
     peaks = counter.sites(row).training
     place = max(peaks, key=lambda site: peaks[site] + counter.head.bytes(row.scored, site.operator))
-    depth = 1 if offload else counter.layers
+    depth = min(ON_DEVICE, counter.layers) if offload else counter.layers
     short, long = (
         [_held(counter, skeleton, each, place) for skeleton in counter.skeletons]
         for each in counter.form(row.shape).rows[:2]

@@ -11,6 +11,7 @@ device is assumed, in the constants below, and says so in its note.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -25,8 +26,10 @@ from fastdpo.estimate.architectures import StoredWeights
 from fastdpo.estimate.counter import ConfigCounter, Training
 from fastdpo.estimate.rows import MAX_LENGTH, PairShape, Row
 from fastdpo.estimate.skeleton import Skeleton, quantization_constants, resident_bytes
+from fastdpo.training.memory.arena import ON_DEVICE, arena_bytes
 from fastdpo.training.memory.host import HEAP_SHARE
 from fastdpo.training.memory.plan import SCORING_BUDGET_FACTOR
+from fastdpo.training.models.offloaded_embeddings import check_embeddings_can_stay
 
 MIB = 2**20
 #: A CUDA context with the kernels of torch and bitsandbytes, and cuBLAS' workspace. Assumed, never measured.
@@ -140,9 +143,19 @@ class MemoryEstimator:
         self.config, self.training, self.surroundings = config, training, surroundings
         self.skeleton = Skeleton(config, training.options, training.dtype)
         if training.offload_embeddings:
-            _check_embeddings(self.skeleton)
+            check_embeddings_can_stay(self.skeleton.model, "model_name_or_path")
         self.counter = ConfigCounter(config, training)
+        self._of_cards = {training.tiles: self}
         self._resident: dict[bool, list[Part]] = {}
+
+    def on_card(self, memory: int) -> MemoryEstimator:
+        """The same for a card of `memory` bytes, which decides how the lean body slices."""
+        training = replace(self.training, gpu_memory=memory)
+        if training.tiles not in self._of_cards:
+            other = copy.copy(self)
+            other.training, other.counter = training, ConfigCounter(self.config, training)
+            self._of_cards[training.tiles] = other
+        return self._of_cards[training.tiles]
 
     def resident(self, optimizer_8bit: bool) -> list[Part]:
         """What is there at every moment of training."""
@@ -213,7 +226,7 @@ class MemoryEstimator:
     def host_parts(self, run: Run) -> list[Part]:
         """What a run on a GPU takes of the host's memory beside the process."""
         text, row = self.config.get_text_config(), run.row()
-        inputs = text.num_hidden_layers * row.tokens * text.hidden_size * self.training.dtype.itemsize
+        inputs = arena_bytes(text.num_hidden_layers, row.tokens, text.hidden_size, self.training.dtype.itemsize)
         parts = [
             Part("layer inputs", inputs if run.offload else 0, f"{row.tokens:,} tokens in a micro-batch, pinned"),
             Part("embeddings", self._embedding_bytes(), "frozen"),
@@ -255,6 +268,8 @@ class MemoryEstimator:
 
     def _largest(self, run_of: Callable[[int], Run], least: int, most: int, memory: int) -> int:
         """The largest size in [least, most] whose run fits into `memory`, to TOKEN_STEP; 0 if none does."""
+        if sum(part.bytes for part in self.resident(run_of(least).optimizer_8bit)) > memory:
+            return 0
         fits, fails = least, most + 1
         if self.total(run_of(most), by_form=True) <= memory:
             fits = most
@@ -283,20 +298,13 @@ class MemoryEstimator:
         return found
 
     def _offloaded(self, live: Live, row: Row, run: Run) -> Live:
-        """`live` with the inputs of all layers but the one at work on the host."""
+        """`live` with the inputs of layers on the host, but that of the layer at work and the one that comes next."""
         if not run.offload:
             return live
         text = self.config.get_text_config()
-        moved = (text.num_hidden_layers - 1) * row.tokens * text.hidden_size * self.training.dtype.itemsize
+        away = max(0, text.num_hidden_layers - ON_DEVICE)
+        moved = away * row.tokens * text.hidden_size * self.training.dtype.itemsize
         return Live(live.kept - moved, live.peak - moved, live.scoring_peak)
-
-
-def _check_embeddings(skeleton: Skeleton) -> None:
-    """Raise ValueError for embeddings that cannot be kept on the host."""
-    weight = skeleton.model.get_input_embeddings().weight
-    reason = "tied to the head" if weight is skeleton.head.weight else "trained" if weight.requires_grad else ""
-    if reason:
-        raise ValueError(f"offload_embeddings=True keeps embeddings on the host, but here they are {reason}. Drop it.")
 
 
 def _count(parameters: list[nn.Parameter]) -> int:

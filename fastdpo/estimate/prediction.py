@@ -75,8 +75,10 @@ class Estimate:
         self.host = self.estimator(self.checkpointing).host_parts(self.run)
         self.times = self._times()
 
-    def estimator(self, checkpointing: bool) -> MemoryEstimator:
-        """The estimator of this model, with or without checkpointing."""
+    def estimator(self, checkpointing: bool, memory: int | None = None) -> MemoryEstimator:
+        """The estimator of this model, with or without checkpointing, on a card of `memory` bytes; by default on the
+        first that is named."""
+        memory = memory or next(iter(self.config.cards().values()), None)
         if checkpointing not in self._estimators:
             on_gpu = not self.config.on_cpu
             bf16 = on_gpu if self.config.bf16 is None else self.config.bf16
@@ -91,7 +93,8 @@ class Estimate:
                 offload_embeddings=self.config.offload_embeddings,
             )
             self._estimators[checkpointing] = MemoryEstimator(self.architecture, training, self.surroundings)
-        return self._estimators[checkpointing]
+        found = self._estimators[checkpointing]
+        return found if memory is None else found.on_card(memory)
 
     def total(self) -> int:
         """The predicted peak in bytes."""
@@ -125,7 +128,7 @@ class Estimate:
         )
 
     def _fit(self, card: str, memory: int, checkpointing: bool) -> Fit:
-        estimator, run = self.estimator(checkpointing), self._run()
+        estimator, run = self.estimator(checkpointing, memory), self._run()
         budget = None if self.config.longest_pair else estimator.largest_budget(run, memory)
         pair = estimator.largest_pair(run, memory)
         host = [] if pair is None else estimator.host_parts(dataclasses.replace(run, shape=pair, micro_batch_tokens=1))

@@ -37,15 +37,6 @@ BLOCK, NESTED_BLOCK = 64, 256
 _LARGEST = {"lora_r": 2**17, "lora_alpha": 2**53}
 
 
-class _FakeMode(FakeTensorMode):
-    """bitsandbytes' own fake of this operator compares a list with a torch.Size, and so refuses every output."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if str(func) == "bitsandbytes.dequantize_4bit.out":
-            return None
-        return super().__torch_dispatch__(func, types, args, kwargs or {})
-
-
 class Skeleton:
     """A model of fake tensors, and the mode in which it runs.
 
@@ -58,9 +49,17 @@ class Skeleton:
     """
 
     def __init__(
-        self, config: PretrainedConfig, options: ModelConfig, dtype: torch.dtype, *, lean_body: str = "off"
+        self,
+        config: PretrainedConfig,
+        options: ModelConfig,
+        dtype: torch.dtype,
+        *,
+        lean_body: str = "off",
+        tiles: Tiles | None = None,
     ) -> None:
-        """Raises ValueError for an adapter that exists already, as what it holds is known only from its files, for
+        """lean_body: the option; with its `tiles`, by default those of a CPU.
+
+        Raises ValueError for an adapter that exists already, as what it holds is known only from its files, for
         DoRA, for a head that is more than one linear layer, and for attention that is more than causal segments."""
         if options.adapter_name_or_path is not None:
             raise ValueError(
@@ -74,7 +73,7 @@ class Skeleton:
         for name, most in _LARGEST.items():
             if getattr(options, name) > most:
                 raise ValueError(f"{name} is more than {most:,}, the most that is predicted for; lower it.")
-        self.dtype, self.mode = dtype, _FakeMode(allow_non_fake_inputs=True)
+        self.dtype, self.mode = dtype, FakeTensorMode(allow_non_fake_inputs=True)
         with torch.device("meta"):
             model = bare_model(config, dtype)
             check_trainable_causal_lm(model)
@@ -93,7 +92,7 @@ class Skeleton:
         with self.mode:
             _fill(model)
         model.train()
-        self.lean = _lean_body(model, lean_body)
+        self.lean = _lean_body(model, lean_body, tiles or Tiles.on_cpu())
 
     def body(self) -> AbstractContextManager[None]:
         """Within it the model's forwards are those of training."""
@@ -111,12 +110,12 @@ class Skeleton:
         enable_checkpointing(self.model, {"use_reentrant": False})
 
 
-def _lean_body(model: PreTrainedModel, option: str) -> LeanBody | None:
+def _lean_body(model: PreTrainedModel, option: str, tiles: Tiles) -> LeanBody | None:
     """As a run chooses (`BodyChoice`), the check on its first batch aside. Raises ValueError for an "on" that cannot be
     had."""
     if option == "off":
         return None
-    body = LeanBody(model, Tiles.on_gpu(24 * 10**9))
+    body = LeanBody(model, tiles)
     if body.reason or (body.foreign and option == "on"):
         if option == "on":
             raise cannot_be_had(body.reason or body.told())

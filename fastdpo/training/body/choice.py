@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastdpo.training.body.functions import OWN
+from fastdpo.training.body.functions import own_functions
 from fastdpo.training.body.lean import LeanBody
 from fastdpo.training.body.liger import liger_functions
 from fastdpo.training.body.mlp import Tiles
@@ -70,14 +70,14 @@ class BodyChoice:
     ) -> None:
         self.args, self.scorer, self.ranks, self.autocast = args, scorer, ranks, autocast
         self.bodies: list[LeanBody] = []
-        self.functions = liger_functions() if args.liger else OWN
+        tiles = Tiles.on_cpu() if args.device.type == "cpu" else Tiles.on_gpu(_memory(args))
+        self.functions = liger_functions() if args.liger else own_functions(tiles.elements)
         self._settled = args.lean_body == "off"
         if self._settled:
             return
         if sharded:
             self._refuse("FSDP gathers a layer's weights for the layer's own calls, and lean functions read them later")
             return
-        tiles = Tiles.on_cpu() if args.device.type == "cpu" else Tiles.on_gpu(_memory(args))
         for model in models:
             body = LeanBody(model, tiles, self.functions)
             if body.reason or (body.foreign and args.lean_body == "on"):

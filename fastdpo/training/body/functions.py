@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -35,5 +36,6 @@ class Functions:
         return f"{served}; {others}" if others else served
 
 
-#: Ours, for all devices.
-OWN = Functions()
+def own_functions(elements: int) -> Functions:
+    """Ours, for all devices. elements: of a slice of what they compute at a time."""
+    return Functions(partial(rms_norm, elements=elements), partial(rotate, elements=elements))

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from fastdpo.shown import listed
 from fastdpo.training.body.architectures import ARCHITECTURES, Architecture, eager_of
 from fastdpo.training.body.attention import attention_forward, qkv_modules
-from fastdpo.training.body.functions import OWN, Functions
+from fastdpo.training.body.functions import Functions, own_functions
 from fastdpo.training.body.mlp import Tiles, gated_mlp
 from fastdpo.training.body.projections import is_4bit, obstacle, read, replaced
 from fastdpo.training.models.unwrapped import base_model, model_class
@@ -32,7 +32,7 @@ class LeanBody:
 
     Args:
         model: a causal LM, with or without adapters.
-        tiles: of its MLPs. functions: that compute norms, activations and positions.
+        tiles: of its MLPs, norms and rotary positions. functions: that compute norms, activations and positions.
 
     Attributes:
         served: names of the modules that have a lean forward.
@@ -40,8 +40,9 @@ class LeanBody:
         reason: why nothing is served, or "".
     """
 
-    def __init__(self, model: PreTrainedModel, tiles: Tiles, functions: Functions = OWN) -> None:
-        self.model, self.tiles, self.functions = model, tiles, functions
+    def __init__(self, model: PreTrainedModel, tiles: Tiles, functions: Functions | None = None) -> None:
+        self.model, self.tiles = model, tiles
+        self.functions = functions or own_functions(tiles.elements)
         self.served: list[str] = []
         self.left: dict[str, list[str]] = {}
         self.foreign: list[str] = []

@@ -38,6 +38,7 @@ class _Project(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             weights = products.weights(merged=merged)
             results, xa = products.forward(rows, weights, merged=merged, keep=keep)
+        products.forget()
         ctx.products, ctx.shape, ctx.dtype = products, x.shape, x.dtype
         if keep:
             # The input itself where nothing was converted: what else keeps it keeps the same memory
@@ -61,5 +62,7 @@ class _Project(torch.autograd.Function):
             gradients = Gradients(products, wanted)
             weights = products.weights(merged=merged)
             products.backward(x, given, xa, weights, gradients, merged=merged, dx=dx)
+            grads_of_trained = gradients.listed()
+        products.forget()
         found = None if dx is None else dx.to(ctx.dtype).view(ctx.shape)
-        return found, None, None, *gradients.listed()
+        return found, None, None, *grads_of_trained

@@ -40,23 +40,28 @@ class Tiles:
     bytes: that the inner tensors of a slice may take.
     least: tokens of a slice below which products lose their rate; wins over `bytes`.
     weights_at_once: whether the weights of an MLP are dequantised together, not one after the other.
+    elements: of a slice of what is done element by element, in norms and rotary positions.
     """
 
     bytes: int
     least: int = 256
     weights_at_once: bool = True
+    elements: int = 2**20
 
     @classmethod
     def on_cpu(cls) -> Tiles:
-        """A slice stays near the caches; a few MiB of weights are nothing."""
+        """A slice stays near the caches; a few MiB of weights are nothing. 4 MiB of float32 are in a cache for a second
+        pass."""
         return cls(16 * 2**20)
 
     @classmethod
     def on_gpu(cls, memory: int) -> Tiles:
         """Of a card that may take `memory` bytes: about a thousand tokens of a 7B model. On the smallest cards half of
-        that, and one weight at a time: three of a 7B model are 0.35 GB."""
+        that, and one weight at a time: three of a 7B model are 0.35 GB. Norms take as many tokens, nearly: a kernel of
+        few would be shorter than its launch."""
         small = memory < SMALL_MEMORY
-        return cls((64 if small else 128) * 2**20, weights_at_once=not small)
+        size = (64 if small else 128) * 2**20
+        return cls(size, weights_at_once=not small, elements=size // 32)
 
     def rows(self, inner: int, itemsize: int) -> int:
         """Tokens of a slice, a multiple of 64."""
@@ -100,6 +105,11 @@ class Mlp:
         """Of gate and up, and of down; made once where they may be held together."""
         found = self.gate_up.weights(merged=self.merged[0]), self.down.weights(merged=self.merged[1])
         return (_once(found[0]), _once(found[1])) if self.tiles.weights_at_once else found
+
+    def forget(self) -> None:
+        """Free the copies of the adapters."""
+        self.gate_up.forget()
+        self.down.forget()
 
     def inner_pair(self, both: Tensor) -> tuple[list[Tensor | None], Tensor, Tensor]:
         """A tensor (N, 2·I) as what the layers write, and as gate and up: for two layers in two halves of memory."""
@@ -160,6 +170,7 @@ def _forward(x: Tensor, mlp: Mlp, kept: Tensor | None) -> tuple[Tensor, Tensor |
         if keep:
             xas.append(xa)
             has.append(ha)
+    mlp.forget()
     return y, _stacked(xas), _stacked(has)
 
 
@@ -217,6 +228,7 @@ def _backward(
         del gate, up, out, both, dh, awaited
         into = None if dx is None else dx[rows]
         mlp.gate_up.backward(xs, d_out, xa, first, gradients[0], merged=mlp.merged[0], dx=into)
+    mlp.forget()
     return dx, [*gradients[0].listed(), *gradients[1].listed()]
 
 

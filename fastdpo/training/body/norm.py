@@ -18,9 +18,6 @@ from torch.autograd.function import once_differentiable
 
 from fastdpo.training.body.labels import NORMS, part
 
-#: Elements of a slice: 4 MiB of float32, which stay in a cache between two passes.
-_SLICE = 2**20
-
 
 @dataclass(frozen=True)
 class NormKind:
@@ -31,27 +28,27 @@ class NormKind:
     rounds_first: bool = True
 
 
-def rms_norm(x: Tensor, module: nn.Module, kind: NormKind) -> Tensor:
-    """x (..., H) → (..., H), as a module of this kind with a frozen weight computes it."""
-    y: Tensor = _RmsNorm.apply(x, module.weight, getattr(module, kind.eps), kind)
+def rms_norm(x: Tensor, module: nn.Module, kind: NormKind, elements: int = 2**20) -> Tensor:
+    """x (..., H) → (..., H), as a module of this kind with a frozen weight computes it. elements: of a slice."""
+    y: Tensor = _RmsNorm.apply(x, module.weight, getattr(module, kind.eps), kind, elements)
     return y
 
 
-def _slices(x: Tensor) -> list[slice]:
-    size = max(1, _SLICE // x.shape[-1])
+def _slices(x: Tensor, elements: int) -> list[slice]:
+    size = max(1, elements // x.shape[-1])
     return [slice(start, start + size) for start in range(0, len(x), size)]
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, kind: NormKind) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, kind: NormKind, elements: int) -> Tensor:
         rows, width = x.detach().flatten(0, -2), x.shape[-1]
         w = weight.detach().float() + kind.offset if kind.offset else weight.detach()
         dtype = torch.promote_types(w.dtype, x.dtype) if kind.rounds_first else x.dtype
         y = torch.empty(rows.shape, dtype=dtype, device=x.device)
         factor = torch.empty((len(rows), 1), dtype=torch.float32, device=x.device)
         with part(NORMS), torch.autocast(x.device.type, enabled=False):
-            for at in _slices(rows):
+            for at in _slices(rows, elements):
                 piece, r = rows[at].float(), factor[at]
                 torch.linalg.vector_norm(piece, dim=-1, keepdim=True, out=r)
                 r.square_().div_(width).add_(eps).rsqrt_()
@@ -61,7 +58,7 @@ class _RmsNorm(torch.autograd.Function):
                     torch.mul((piece * r).to(x.dtype), w, out=y[at])
                 else:
                     y[at] = (piece * r).mul_(w)
-        ctx.kind = kind
+        ctx.kind, ctx.elements = kind, elements
         ctx.save_for_backward(x, weight, factor)
         return y.view(x.shape)
 
@@ -73,7 +70,7 @@ class _RmsNorm(torch.autograd.Function):
         w = weight.float() + ctx.kind.offset
         dx = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
         with part(NORMS), torch.autocast(x.device.type, enabled=False):
-            for at in _slices(rows):
+            for at in _slices(rows, ctx.elements):
                 piece, r = rows[at].float(), factor[at]
                 into = dx[at] if dx.dtype == torch.float32 else None
                 scaled = torch.mul(grads[at].float(), w, out=into)
@@ -81,4 +78,4 @@ class _RmsNorm(torch.autograd.Function):
                 scaled.mul_(r).addcmul_(piece, mean.mul_(r.pow(3)), value=-1)
                 if into is None:
                     dx[at] = scaled
-        return dx.view(x.shape), None, None, None
+        return dx.view(x.shape), None, None, None, None

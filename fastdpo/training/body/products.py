@@ -50,16 +50,34 @@ class Products:
         for projection in self.projections:
             self.trained += [] if projection.bias is None else [projection.bias]
             self.trained += [tensor for adapter in projection.adapters for tensor in (adapter.a, adapter.b)]
-        #: All A, one below another (ΣR, I), and s·B of each layer (O, its ΣR), in LoRA's dtype.
-        self.a: Tensor | None = None
-        self.b: list[Tensor | None] = [None] * len(self.projections)
         self.ranks = [sum(len(adapter.a) for adapter in projection.adapters) for projection in self.projections]
-        if adapters:
-            self.a = _joined([adapter.a.detach() for adapter in adapters], 0).to(self.lora_dtype)
+        self._factors: tuple[Tensor | None, list[Tensor | None]] | None = None
+
+    @property
+    def a(self) -> Tensor | None:
+        """All A, one below another (ΣR, I), in LoRA's dtype."""
+        return self._made()[0]
+
+    @property
+    def b(self) -> list[Tensor | None]:
+        """s·B of each layer (O, its ΣR), in LoRA's dtype."""
+        return self._made()[1]
+
+    def _made(self) -> tuple[Tensor | None, list[Tensor | None]]:
+        if self._factors is None:
+            adapters = [each for projection in self.projections for each in projection.adapters]
+            a = _joined([adapter.a.detach() for adapter in adapters], 0).to(self.lora_dtype) if adapters else None
+            b: list[Tensor | None] = [None] * len(self.projections)
             for j, projection in enumerate(self.projections):
                 if projection.adapters:
-                    scaled = [(adapter.b.detach() * adapter.scaling) for adapter in projection.adapters]
-                    self.b[j] = _joined(scaled, 1).to(self.lora_dtype)
+                    scaled = [adapter.b.detach() * adapter.scaling for adapter in projection.adapters]
+                    b[j] = _joined(scaled, 1).to(self.lora_dtype)
+            self._factors = a, b
+        return self._factors
+
+    def forget(self) -> None:
+        """Free the copies of A and B, which every layer's graph would otherwise hold until its backward."""
+        self._factors = None
 
     @property
     def kinds(self) -> tuple[torch.dtype, ...]:
@@ -113,6 +131,7 @@ class Products:
                     y = torch.mm(x, weight.t(), out=into)
                 else:
                     y = torch.addmm(projection.bias.detach().to(self.dtype), x, weight.t(), out=into)
+            del weight  # before the next one is made
             b = self.b[j]
             if b is not None and not merged:
                 assert xa is not None
@@ -153,6 +172,7 @@ class Products:
                         dx.addmm_(dy, weight)
                     else:
                         torch.mm(dy, weight, out=dx)
+                del weight  # before the next one is made
             if not given:
                 dx.zero_()
         for j, dy in given:

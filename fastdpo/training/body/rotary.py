@@ -16,35 +16,33 @@ from torch.autograd.function import once_differentiable
 
 from fastdpo.training.body.labels import ATTENTION, part
 
-#: Numbers of a slice of rows: a few MiB, so that the second half's pass finds them in a cache.
-_SLICE = 2**20
 
-
-def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """query, key (R, T, heads, D), cos and sin (R or 1, T, D' ≤ D) → both (R, T, heads, D)."""
-    return _Rotate.apply(query, cos, sin), _Rotate.apply(key, cos, sin)
+def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, elements: int = 2**20) -> tuple[Tensor, Tensor]:
+    """query, key (R, T, heads, D), cos and sin (R or 1, T, D' ≤ D) → both (R, T, heads, D). elements: of a slice."""
+    return _Rotate.apply(query, cos, sin, elements), _Rotate.apply(key, cos, sin, elements)
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, elements: int) -> Tensor:
+        ctx.elements = elements
         ctx.save_for_backward(cos, sin)
-        return _rotated(x.detach(), cos, sin, backward=False)
+        return _rotated(x.detach(), cos, sin, elements, backward=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         cos, sin = ctx.saved_tensors
-        return _rotated(dy, cos, sin, backward=True), None, None
+        return _rotated(dy, cos, sin, ctx.elements, backward=True), None, None, None
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, backward: bool) -> Tensor:
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, elements: int, *, backward: bool) -> Tensor:
     width = cos.shape[-1]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dtype = torch.promote_types(x.dtype, cos.dtype)
     # A row of positions serves all rows, or each has its own
     cos, sin = (each.unsqueeze(2).expand(len(x), -1, 1, -1) for each in (cos, sin))
-    size = max(1, _SLICE // (x.shape[0] * x.shape[2] * x.shape[3]))
+    size = max(1, elements // (x.shape[0] * x.shape[2] * x.shape[3]))
     with part(ATTENTION), torch.autocast(x.device.type, enabled=False):
         for start in range(0, x.shape[1], size):
             at = (slice(None), slice(start, start + size))

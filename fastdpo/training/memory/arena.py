@@ -23,6 +23,8 @@ from torch import Tensor
 
 #: Bytes that an input begins at a multiple of, as torch's allocators do.
 ALIGNMENT = 256
+#: Inputs that the device holds in the backward: of the layer at work, and of the next one, on its way.
+ON_DEVICE = 2
 
 
 def _rounded(size: int, unit: int) -> int:

@@ -10,9 +10,10 @@ and the head's in `head_workspace`. Counts are linear in the tokens of a row of 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,6 @@ import torch
 import torch.nn.attention.varlen  # registers its operators
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fastdpo.training.rows import tiled_attention
 
@@ -72,12 +72,13 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is _DEVICE:
             return func(*args, **(kwargs or {}))
-        for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, Tensor):
-                self._see(tensor, own=False)
+        for tensor in _tensors(args):
+            self._see(tensor, own=False)
+        for tensor in _tensors(kwargs.values() if kwargs else ()):
+            self._see(tensor, own=False)
         result = func(*args, **(kwargs or {}))
-        makes = not any(each.alias_info for each in func._schema.returns)
-        made = [x for x in tree_leaves(result) if isinstance(x, Tensor) and self._see(x, own=makes) and makes]
+        makes = _makes(func)
+        made = [x for x in _tensors((result,)) if self._see(x, own=makes) and makes]
         workspace = self._workspaces.get(func)
         self._note(func, made, workspace(*args, **(kwargs or {})) if workspace else 0)
         return result
@@ -100,6 +101,21 @@ class LiveBytes(TorchDispatchMode):
     def _free(self, key: int) -> None:
         self.live -= self._sizes.pop(key)
         del self._references[key]
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors in an operator's arguments or results, which hold lists and tuples of them at most."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+@functools.cache
+def _makes(func: Any) -> bool:
+    """Whether an operator's results are new, not views of its arguments or these themselves."""
+    return not any(each.alias_info for each in func._schema.returns)
 
 
 def gemm_4bit_workspace(a: Tensor, b: Tensor, shape: Any, absmax: Tensor, blocksize: int, *_: Any, **named: Any) -> int:

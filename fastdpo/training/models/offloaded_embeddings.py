@@ -50,18 +50,23 @@ def obstacle(model: PreTrainedModel) -> str:
     return ""
 
 
-def offload_embeddings(model: PreTrainedModel, device: torch.device, argument: str = "model") -> None:
-    """Keep the input embedding of `model` on the host from now on, with its rows looked up for `device`. Wherever the
-    model is moved later, the rows follow.
-
-    argument: that gave the model. Raises ValueError where it cannot be.
-    """
+def check_embeddings_can_stay(model: PreTrainedModel, argument: str = "model") -> None:
+    """Raise ValueError where the input embedding of `model` cannot stay on the host. argument: that gave the model."""
     if reason := obstacle(model):
         raise ValueError(
             f"offload_embeddings=True: the input embedding of {argument}, a {model_class(model)}, cannot stay on the "
             f"host: {reason}. Drop offload_embeddings, or leave the embedding frozen, untied and without an adapter "
             "(lora_target_modules, lora_modules_to_save)."
         )
+
+
+def offload_embeddings(model: PreTrainedModel, device: torch.device, argument: str = "model") -> None:
+    """Keep the input embedding of `model` on the host from now on, with its rows looked up for `device`. Wherever the
+    model is moved later, the rows follow.
+
+    argument: that gave the model. Raises ValueError where it cannot be.
+    """
+    check_embeddings_can_stay(model, argument)
     module = base_model(model).get_input_embeddings()
     remove_hook_from_module(module)  # accelerate's, where it placed the model: it would send ids to the device
     was_on_gpu = module.weight.is_cuda
