@@ -33,6 +33,7 @@ class Architecture:
     attention: AttentionKind = _PLAIN_ATTENTION
     norm: NormKind = _PLAIN_NORM
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    activation: str = "act_fn"
 
     def kind_of(self, module: nn.Module) -> Literal["attention", "mlp", "norm"] | None:
         """What a module is to the architecture, None where it is nothing of it."""
@@ -63,7 +64,9 @@ ARCHITECTURES = {
     "qwen3": Architecture("Qwen3", "qwen3", AttentionKind(norms="head", window="module")),
     "gemma2": Architecture("Gemma2", "gemma2", AttentionKind(window="module", softcap=True), _GEMMA_NORM),
     "gemma3_text": Architecture("Gemma3", "gemma3", AttentionKind(norms="head", window="module"), _GEMMA_NORM),
-    "phi3": Architecture("Phi3", "phi3", AttentionKind(fused=True, window="config"), gate_up=("gate_up_proj",)),
+    "phi3": Architecture(
+        "Phi3", "phi3", AttentionKind(fused=True, window="config"), _PLAIN_NORM, ("gate_up_proj",), "activation_fn"
+    ),
     "smollm3": Architecture("SmolLM3", "smollm3", AttentionKind(window="module")),
     "granite": Architecture("Granite", "granite"),
     "olmo2": Architecture("Olmo2", "olmo2", AttentionKind(norms="all"), _OLMO_NORM),

@@ -20,6 +20,7 @@ from fastdpo.training.body.functions import own_functions
 from fastdpo.training.body.lean import LeanBody
 from fastdpo.training.body.liger import liger_functions
 from fastdpo.training.body.mlp import Tiles
+from fastdpo.training.memory.plan import is_out_of_memory, release_memory
 from fastdpo.training.models.unwrapped import model_class
 from fastdpo.training.options import FastDPOConfig
 from fastdpo.training.ranks import Ranks
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 #: Tokens of the prompt and of each completion in the check.
 _CHECKED_PROMPT, _CHECKED_COMPLETION = 96, 48
+#: What of them is checked, the next where memory ran out.
+_CHECKED_SHARES = (1.0, 0.5, 0.25, 0.125)
 #: Largest differences, of log-probs on average a token, and of a parameter's gradient in its norm. Float32 differs by
 #: rounding, 1e-6 and 1e-5; in 16 bits every layer rounds elsewhere. A wrong function differs by 0.1 and more.
 _TOLERANCES = {torch.float32: (1e-3, 1e-3), torch.float64: (1e-6, 1e-6)}
@@ -110,7 +113,7 @@ class BodyChoice:
         self._settled = True
         for body in list(self.bodies):
             with active():
-                reason = self._mismatch(body, _short(batch), layout)
+                reason = self._checked(body, batch, layout)
             reason = next((each for each in self.ranks.gathered_objects(reason) if each), "")
             name = model_class(body.model)
             if reason:
@@ -123,6 +126,18 @@ class BodyChoice:
             said = [f"lean body of {name}: {len(body.served)} modules", self.functions.told()]
             said += [f"Not served: {told}"] if (told := body.told()) else []
             logger.info("%s", " ".join(f"{each}." for each in said if each))
+
+    def _checked(self, body: LeanBody, batch: TokenBatch, layout: Layout) -> str:
+        """`_mismatch`, on fewer tokens where memory does not hold the untouched model's graph: the memory plan, which
+        may have layers checkpointed, is settled later."""
+        for share in _CHECKED_SHARES:
+            try:
+                return self._mismatch(body, _short(batch, share), layout)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            release_memory()
+        return "memory does not hold the check on the first batch. gradient_checkpointing=True makes it smaller"
 
     def _mismatch(self, body: LeanBody, batch: TokenBatch, layout: Layout) -> str:
         """How the lean body's log-probs or gradients differ, or ""."""
@@ -185,10 +200,11 @@ def _memory(args: FastDPOConfig) -> int:
     return min(args.memory_limit_bytes or total, total)
 
 
-def _short(batch: TokenBatch) -> TokenBatch:
-    """The shortest example of a batch, cut to what the check takes."""
+def _short(batch: TokenBatch, share: float = 1.0) -> TokenBatch:
+    """The shortest example of a batch, cut to what the check takes, or a share of it."""
     lengths = [len(each.prompt) + sum(map(len, each.completions)) for each in batch.examples]
     at = min(range(len(batch)), key=lengths.__getitem__)
     example = batch.examples[at]
-    short = Example(example.prompt[-_CHECKED_PROMPT:], tuple(ids[:_CHECKED_COMPLETION] for ids in example.completions))
+    prompt, completion = (int(share * most) for most in (_CHECKED_PROMPT, _CHECKED_COMPLETION))
+    short = Example(example.prompt[-prompt:], tuple(ids[:completion] for ids in example.completions))
     return TokenBatch([short], [batch.example_ids[at]], batch.device)

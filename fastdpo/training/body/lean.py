@@ -2,19 +2,23 @@
 
 What changes is the forward of single modules of this one instance, and only within `active()`: attention, MLP and norms
 of a known architecture (`architectures`). A module that cannot be served stays as it is, and `left` says why: LoRA with
-dropout, DoRA, a layer that somebody has replaced. Outside of it the model is what transformers and peft made it.
+dropout, DoRA, a layer that somebody has replaced. What may change between two steps is asked each time: adapters that
+are merged or of another kind, weights that are trained by now. Outside of it the model is what transformers and peft
+made it.
 
 Checkpointing is transformers' own: its layers call the same forwards again in the backward, where `mlp` stops early.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 from fastdpo.shown import listed
 from fastdpo.training.body.architectures import ARCHITECTURES, Architecture, eager_of
@@ -23,6 +27,8 @@ from fastdpo.training.body.functions import Functions, own_functions
 from fastdpo.training.body.mlp import Tiles, gated_mlp
 from fastdpo.training.body.projections import is_4bit, obstacle, read, replaced
 from fastdpo.training.models.unwrapped import base_model, model_class
+
+logger = logging.getLogger(__name__)
 
 _FOREIGN = "not the architecture's own, or with a forward or hook of somebody else"
 
@@ -46,7 +52,8 @@ class LeanBody:
         self.served: list[str] = []
         self.left: dict[str, list[str]] = {}
         self.foreign: list[str] = []
-        self._forwards: list[tuple[nn.Module, Callable[..., Any]]] = []
+        self._forwards: list[tuple[nn.Module, Callable[..., Any], Callable[[], str]]] = []
+        self._given_up: set[str] = set()
         self.reason = self._look()
 
     def _look(self) -> str:
@@ -70,14 +77,18 @@ class LeanBody:
                 for child, module in layer.named_children()
                 if (architecture.kind_of(module) is None and not isinstance(module, nn.Dropout)) or replaced(module)
             ]
-        looks = {"attention": self._attention, "mlp": self._mlp, "norm": self._norm}
+        makes = {"attention": self._attention, "mlp": self._mlp, "norm": self._norm}
+        obstacles = {"attention": _attention_obstacle, "mlp": self._mlp_obstacle, "norm": _norm_obstacle}
+        self._activation = str(getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None))
         for name, module in self.model.named_modules():
             kind = architecture.kind_of(module)
             if kind is None or name in self.foreign or (kind != "norm" and id(module) not in owners):
                 continue
-            if reason := replaced(module) or looks[kind](architecture, module, owners.get(id(module))):
+            obstacle_of = partial(obstacles[kind], module, architecture)
+            if reason := next((r for each in module.modules() if (r := replaced(each))), "") or obstacle_of():
                 self.left.setdefault(reason, []).append(name)
             else:
+                self._forwards.append((module, makes[kind](architecture, module, owners.get(id(module))), obstacle_of))
                 self.served.append(name)
         return "" if self.served else f"none of its modules can be served ({self.told()})"
 
@@ -86,15 +97,7 @@ class LeanBody:
         others = {_FOREIGN: self.foreign} if self.foreign else {}
         return "; ".join(f"{listed(names)}: {reason}" for reason, names in (self.left | others).items())
 
-    def _attention(self, architecture: Architecture, module: Any, layer: Any) -> str:
-        kind = architecture.attention
-        projections = [*qkv_modules(module, kind), module.o_proj]
-        if reason := _alike(projections[:-1]) or obstacle(module.o_proj):
-            return reason
-        norms = () if kind.norms == "none" else (module.q_norm, module.k_norm)
-        if reason := next((r for each in norms if (r := _norm_obstacle(each, architecture))), ""):
-            return f"of its norms, {reason}"
-
+    def _attention(self, architecture: Architecture, module: Any, layer: Any) -> Callable[..., Any]:
         def forward(
             hidden_states: Tensor,
             position_embeddings: Any = None,
@@ -103,22 +106,15 @@ class LeanBody:
             **kwargs: Any,
         ) -> tuple[Tensor, Tensor | None]:
             return attention_forward(
-                module, kind, architecture.norm, self.functions, eager_of(module),
+                module, architecture.attention, architecture.norm, self.functions, eager_of(module),
                 hidden_states, position_embeddings, attention_mask, past_key_values, kwargs,
             )  # fmt: skip
 
-        self._forwards.append((module, forward))
-        return ""
+        return forward
 
-    def _mlp(self, architecture: Architecture, module: Any, layer: Any) -> str:
+    def _mlp(self, architecture: Architecture, module: Any, layer: Any) -> Callable[..., Any]:
         gate_up = [getattr(module, name) for name in architecture.gate_up]
-        if reason := _alike([*gate_up, module.down_proj]):
-            return reason
-        config = base_model(self.model).config.get_text_config()
-        name = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
-        activation = self.functions.activations.get(str(name))
-        if activation is None:
-            return f"its activation {name!r} is not served"
+        activation = self.functions.activations[self._activation]
 
         def forward(x: Tensor | None = None, hidden_states: Tensor | None = None) -> Tensor:
             given = hidden_states if x is None else x
@@ -129,22 +125,37 @@ class LeanBody:
                 recomputed=recomputed,
             )  # fmt: skip
 
-        self._forwards.append((module, forward))
+        return forward
+
+    def _mlp_obstacle(self, module: Any, architecture: Architecture) -> str:
+        if reason := _alike([*(getattr(module, name) for name in architecture.gate_up), module.down_proj]):
+            return reason
+        if self._activation not in self.functions.activations:
+            return f"its activation {self._activation!r} is not served"
+        own = getattr(module, architecture.activation)
+        if type(own) is not type(ACT2FN[self._activation]):
+            return f"its activation is a {type(own).__name__}, not the configuration's {self._activation!r}"
         return ""
 
-    def _norm(self, architecture: Architecture, module: Any, layer: Any) -> str:
-        if reason := _norm_obstacle(module, architecture):
-            return reason
+    def _norm(self, architecture: Architecture, module: Any, layer: Any) -> Callable[..., Any]:
         norm, kind = self.functions.norm, architecture.norm
-        self._forwards.append((module, lambda x: norm(x, module, kind)))
-        return ""
+        return lambda x: norm(x, module, kind)
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """The lean forwards are in place meanwhile, for forwards, recomputations and backwards."""
         changed = []
+        reasons = [obstacle_of() for *_, obstacle_of in self._forwards]
+        for reason in set(reasons) - self._given_up - {""}:
+            logger.warning(
+                "%d modules of %s are computed as they are from now on: since the trainer was built, %s.",
+                reasons.count(reason), model_class(self.model), reason,
+            )  # fmt: skip
+            self._given_up.add(reason)
         try:
-            for module, forward in self._forwards:
+            for (module, forward, _), reason in zip(self._forwards, reasons, strict=True):
+                if reason:
+                    continue
                 for each in module.modules():  # none of which is called
                     if replaced(each):
                         raise RuntimeError(
@@ -176,6 +187,15 @@ def _alike(modules: Sequence[Any]) -> str:
         return "its layers are kept in different dtypes"
     adapters = {w.weight.dtype for each in modules for w in getattr(each, "lora_A", {}).values()}
     return "its adapters are of different dtypes" if len(adapters) > 1 else ""
+
+
+def _attention_obstacle(module: Any, architecture: Architecture) -> str:
+    kind = architecture.attention
+    if reason := _alike(qkv_modules(module, kind)) or _alike([module.o_proj]):
+        return reason
+    norms = () if kind.norms == "none" else (module.q_norm, module.k_norm)
+    reason = next((r for each in norms if (r := _norm_obstacle(each, architecture))), "")
+    return f"of its norms, {reason}" if reason else ""
 
 
 def _norm_obstacle(module: nn.Module, architecture: Architecture) -> str:

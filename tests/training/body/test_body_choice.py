@@ -127,3 +127,27 @@ def test_evaluation_and_reference_are_lean_too(tmp_path: Path, monkeypatch: pyte
     checked = 2  # layers, in the check
     # The policy and the reference are one model before the first step, over one micro-batch
     assert calls[False] - checked == 2
+
+
+@pytest.mark.parametrize(("held", "bodies"), [(20, 1), (5, 0)])
+def test_a_check_that_memory_does_not_hold(
+    held: int, bodies: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is made on fewer tokens, and without one that fits the modules stay as they are; the run goes on."""
+    tried = []
+
+    def token_logps(self: CompletionScorer, model: Any, micro: Any) -> Tensor:
+        found = own(self, model, micro)
+        tried.append(found.shape[-1])
+        if found.shape[-1] > held:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return found
+
+    own = CompletionScorer.token_logps
+    monkeypatch.setattr(CompletionScorer, "token_logps", token_logps)
+    made = choice(with_lora("Llama"), tmp_path)
+    ids = torch.arange(1, 97)
+    made.settle(tiny.batch_of((ids, ids[:60], ids[1:61])), PLAIN, nullcontext)
+    assert len(made.bodies) == bodies
+    assert tried == ([48, 24, 12, 12] if bodies else [48, 24, 12, 6])
+    assert ("memory does not hold the check" in caplog.text) == (not bodies)

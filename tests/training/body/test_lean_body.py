@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from families import batch
 from lean_models import ARCHITECTURES, LARGE, SMALL, errors, gradients, relative, untouched, with_lora
 from packed_rows import LAYOUTS
+from peft.tuners.lora import LoraLayer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -208,6 +210,89 @@ def test_layers_of_somebody_else_are_left_alone() -> None:
     first.mlp.register_forward_hook(lambda *_: None)
     with pytest.raises(RuntimeError, match="after the trainer was built"), body.active():
         pass
+
+
+def dropping(model: Any) -> None:
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_dropout["default"] = torch.nn.Dropout(0.5)
+
+
+def another_kind(model: Any) -> None:
+    model.add_adapter("second", tiny.lora(r=3, init_lora_weights=False, use_dora=True))
+    model.set_adapter("second")
+
+
+def unfrozen(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if "layernorm" in name or "gate_proj.base_layer" in name:
+            parameter.requires_grad_(True)
+
+
+@pytest.mark.parametrize("change", [dropping, another_kind, unfrozen])
+def test_what_changes_after_the_body_was_built(change: Callable[[Any], None], caplog: pytest.LogCaptureFixture) -> None:
+    """The modules that cannot be served any more compute what they compute themselves, which is told once."""
+    model = with_lora("Llama")
+    body = LeanBody(model, SMALL)
+    change(model)
+    runs = []
+    for each in (body, None, body):
+        torch.manual_seed(4)
+        runs.append(gradients(model, each))
+    expected = runs.pop(1)
+    for found in runs:
+        assert relative(found[0], expected[0]) < TOLERANCE
+        assert found[1].keys() == expected[1].keys()
+        assert all(relative(found[1][name], true) < TOLERANCE for name, true in expected[1].items() if true.norm() > 0)
+    told = [record.getMessage() for record in caplog.records]
+    assert told
+    assert len(told) == len(set(told))
+
+
+@torch.no_grad()
+def test_an_adapter_that_is_merged_for_a_while() -> None:
+    """It counts once, and not at all where it is switched off, which peft does by taking it out of the weights."""
+    model, ids = with_lora("Llama"), torch.arange(1, 20)[None]
+    body = LeanBody(model, SMALL)
+    expected = model(input_ids=ids).logits
+    with model.disable_adapter():
+        plain = model(input_ids=ids).logits
+    model.merge_adapter()
+    with body.active():
+        assert relative(model(input_ids=ids).logits, expected) < TOLERANCE
+        with model.disable_adapter():
+            assert relative(model(input_ids=ids).logits, plain) < TOLERANCE
+    model.merge_adapter()
+    model.unmerge_adapter()
+    with body.active():
+        assert sum("forward" in vars(m) for m in model.modules()) == len(body.served)
+        assert relative(model(input_ids=ids).logits, expected) < TOLERANCE
+
+
+def test_an_activation_that_was_replaced_is_left_alone() -> None:
+    model = with_lora("Phi3")
+    first, second = model.base_model.model.model.layers
+    first.mlp.activation_fn = torch.nn.GELU()
+    second.mlp.activation_fn.register_forward_hook(lambda *_: None)
+    body = LeanBody(model, SMALL)
+    name = "base_model.model.model.layers"
+    assert body.left == {
+        "its activation is a GELU, not the configuration's 'silu'": [f"{name}.0.mlp"],
+        "a hook is registered on it": [f"{name}.1.mlp"],
+    }
+    assert max(errors(gradients(model, body), gradients(model, None))) < TOLERANCE
+
+
+def test_adapters_of_different_dtypes_on_one_layer() -> None:
+    model = with_lora("Llama", target_modules=["o_proj"])
+    model.add_adapter("second", tiny.lora(r=3, init_lora_weights=False, target_modules=["o_proj"]))
+    model.base_model.set_adapter(["default", "second"])
+    for name, parameter in model.named_parameters():
+        if ".second." in name:
+            parameter.data = parameter.data.bfloat16()
+    body = LeanBody(model, SMALL)
+    assert "its adapters are of different dtypes" in body.left
+    assert relative(gradients(model, body)[0], gradients(model, None)[0]) < TOLERANCE
 
 
 def test_second_derivatives_are_refused() -> None:
