@@ -5,6 +5,7 @@ A module is known by its class, of transformers' own file of the architecture: w
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,6 +50,18 @@ class Architecture:
     def is_layer(self, module: nn.Module) -> bool:
         """Whether a module is a decoder layer of the architecture's own."""
         return type(module).__module__ == self.module and type(module).__name__ == f"{self.prefix}DecoderLayer"
+
+    def patched(self, module: nn.Module) -> str:
+        """Whether a class's forward, or the rotary positions of its file, come from elsewhere; "" if they do not."""
+        file = sys.modules[self.module]
+        for name, function in (
+            (f"the forward of {type(module).__name__}", type(module).forward),
+            ("apply_rotary_pos_emb", getattr(file, "apply_rotary_pos_emb", None)),
+        ):
+            code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+            if code is not None and code.co_filename != file.__file__:
+                return f"{name} is not {self.module}'s own"
+        return ""
 
     @property
     def module(self) -> str:

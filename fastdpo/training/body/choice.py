@@ -8,6 +8,7 @@ random numbers as they were.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -38,6 +39,10 @@ _CHECKED_SHARES = (1.0, 0.5, 0.25, 0.125)
 #: rounding, 1e-6 and 1e-5; in 16 bits every layer rounds elsewhere. A wrong function differs by 0.1 and more.
 _TOLERANCES = {torch.float32: (1e-3, 1e-3), torch.float64: (1e-6, 1e-6)}
 _TOLERANCES_16_BITS = (5e-2, 0.25)
+#: Largest difference from 1 of the factor between the gradients of all layers' parameters of one name.
+_FACTOR = 0.05
+#: The number of a layer in a parameter's name.
+_LAYER = re.compile(r"\.\d+\.")
 #: Share of the largest gradient's norm below which a gradient is compared with this.
 _SMALL = 1e-2
 
@@ -88,7 +93,7 @@ class BodyChoice:
             else:
                 self.bodies.append(body)
 
-    def _refuse(self, reason: str) -> None:
+    def _refuse(self, reason: str, level: int = logging.INFO) -> None:
         """Go on without, or raise ValueError where it is demanded."""
         if self.args.liger:
             raise ValueError(
@@ -96,7 +101,7 @@ class BodyChoice:
             )
         if self.args.lean_body == "on":
             raise cannot_be_had(reason)
-        logger.info("no lean body: %s.", reason)
+        logger.log(level, "no lean body: %s.", reason)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -118,8 +123,7 @@ class BodyChoice:
             name = model_class(body.model)
             if reason:
                 self.bodies.remove(body)
-                self._refuse(f"{name}: {reason}")
-                logger.warning("the lean body of %s is not used: %s.", name, reason)
+                self._refuse(f"{name}: {reason}", logging.WARNING)
                 continue
             if self.args.liger and not self.functions.served:
                 self._refuse(f"{name}: {self.functions.told()}")
@@ -162,13 +166,7 @@ class BodyChoice:
         difference = float((logps - lean_logps).abs().mean())
         if not difference <= tolerance:
             return f"log-probs differ from the untouched model's by {difference:.3g} a token on average"
-        largest = max((float(each.norm()) for each in grads), default=0.0)
-        for name, expected, grad in zip(trained, grads, lean_grads, strict=True):
-            scale = max(float(expected.norm()), _SMALL * largest)
-            error = float((grad - expected).norm())
-            if not error <= tolerance_of_gradients * scale:
-                return f"the gradient of {name!r} differs from the untouched model's by {error / scale:.3g} of its norm"
-        return ""
+        return _gradients_differ(list(trained), grads, lean_grads, tolerance_of_gradients)
 
     @torch.enable_grad()
     def _run(
@@ -182,7 +180,11 @@ class BodyChoice:
         weights = torch.linspace(0.5, 1.5, logps.numel(), device=logps.device, dtype=logps.dtype).view_as(logps)
         if logps.requires_grad:
             (logps * weights).sum().backward()
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for p in trained]
+        # On the host: a card that trains holds the gradients once
+        grads = [
+            torch.zeros_like(p, device="cpu") if p.grad is None else p.grad.detach().to("cpu", copy=True)
+            for p in trained
+        ]
         return logps.detach(), grads
 
     def _dtype(self, model: PreTrainedModel) -> torch.dtype:
@@ -192,6 +194,23 @@ class BodyChoice:
                 return torch.get_autocast_dtype(self.args.device.type)
         found: torch.dtype = weight.dtype
         return found
+
+
+def _gradients_differ(names: list[str], expected: list[Tensor], found: list[Tensor], tolerance: float) -> str:
+    """How gradients differ, or "": one by one, and by a factor over all layers, where rounding averages out."""
+    largest = max((float(each.norm()) for each in expected), default=0.0)
+    products: dict[str, list[float]] = {}
+    for name, true, grad in zip(names, expected, found, strict=True):
+        error, norm = float((grad - true).norm()), float(true.norm())
+        if not error <= tolerance * max(norm, _SMALL * largest):
+            return f"the gradient of {name!r}, of norm {norm:.3g}, differs from the untouched model's by {error:.3g}"
+        both = products.setdefault(_LAYER.sub(".", name), [0.0, 0.0])
+        both[0] += float((grad.double() * true.double()).sum())
+        both[1] += norm**2
+    for name, (product, square) in products.items():
+        if square > (_SMALL * largest) ** 2 and not abs(product / square - 1) <= min(tolerance, _FACTOR):
+            return f"the gradients of {name!r} are {product / square:.3g} times the untouched model's over all layers"
+    return ""
 
 
 def _memory(args: FastDPOConfig) -> int:

@@ -14,8 +14,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
@@ -25,6 +27,7 @@ from fastdpo.training.body.architectures import ARCHITECTURES, Architecture, eag
 from fastdpo.training.body.attention import attention_forward, qkv_modules
 from fastdpo.training.body.functions import Functions, own_functions
 from fastdpo.training.body.mlp import Tiles, gated_mlp
+from fastdpo.training.body.products import compute_dtype
 from fastdpo.training.body.projections import is_4bit, obstacle, read, replaced
 from fastdpo.training.models.unwrapped import base_model, model_class
 
@@ -72,11 +75,11 @@ class LeanBody:
                 self.foreign.append(name)
                 continue
             owners |= {id(module): layer for module in layer.modules()}
-            self.foreign += [
-                f"{name}.{child}"
-                for child, module in layer.named_children()
-                if (architecture.kind_of(module) is None and not isinstance(module, nn.Dropout)) or replaced(module)
-            ]
+            for child, module in layer.named_children():
+                if isinstance(module, ModulesToSaveWrapper):
+                    self.left.setdefault("it is trained as a whole (modules_to_save)", []).append(f"{name}.{child}")
+                elif not isinstance(module, nn.Dropout) and (architecture.kind_of(module) is None or replaced(module)):
+                    self.foreign.append(f"{name}.{child}")
         makes = {"attention": self._attention, "mlp": self._mlp, "norm": self._norm}
         obstacles = {"attention": _attention_obstacle, "mlp": self._mlp_obstacle, "norm": _norm_obstacle}
         self._activation = str(getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None))
@@ -84,8 +87,8 @@ class LeanBody:
             kind = architecture.kind_of(module)
             if kind is None or name in self.foreign or (kind != "norm" and id(module) not in owners):
                 continue
-            obstacle_of = partial(obstacles[kind], module, architecture)
-            if reason := next((r for each in module.modules() if (r := replaced(each))), "") or obstacle_of():
+            obstacle_of = partial(_obstacle, module, architecture, obstacles[kind])
+            if reason := obstacle_of():
                 self.left.setdefault(reason, []).append(name)
             else:
                 self._forwards.append((module, makes[kind](architecture, module, owners.get(id(module))), obstacle_of))
@@ -105,6 +108,11 @@ class LeanBody:
             past_key_values: Any = None,
             **kwargs: Any,
         ) -> tuple[Tensor, Tensor | None]:
+            if self._is_mixed(module.o_proj, hidden_states):
+                found: tuple[Tensor, Tensor | None] = type(module).forward(
+                    module, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
+                )
+                return found
             return attention_forward(
                 module, architecture.attention, architecture.norm, self.functions, eager_of(module),
                 hidden_states, position_embeddings, attention_mask, past_key_values, kwargs,
@@ -119,6 +127,9 @@ class LeanBody:
         def forward(x: Tensor | None = None, hidden_states: Tensor | None = None) -> Tensor:
             given = hidden_states if x is None else x
             assert given is not None
+            if self._is_mixed(module.down_proj, given):
+                own: Tensor = type(module).forward(module, given)
+                return own
             recomputed = bool(getattr(layer, "gradient_checkpointing", False)) and layer.training
             return gated_mlp(
                 given, [read(each) for each in gate_up], read(module.down_proj), activation, self.tiles,
@@ -141,29 +152,35 @@ class LeanBody:
         norm, kind = self.functions.norm, architecture.norm
         return lambda x: norm(x, module, kind)
 
+    def _give_up(self, reason: str, what: str) -> None:
+        """Say once that something is computed by its modules after all."""
+        if reason not in self._given_up:
+            self._given_up.add(reason)
+            logger.warning("%s: %s: %s. Computed as they are.", model_class(self.model), what, reason)
+
+    def _is_mixed(self, module: Any, x: Tensor) -> bool:
+        """Whether a 4-bit layer computes in another dtype than its input's and output's: its LoRA, added in the wider
+        one, would lose digits in products of the narrower."""
+        layer = getattr(module, "base_layer", module)
+        mixed = is_4bit(layer) and compute_dtype(layer, x.dtype) != x.dtype
+        if mixed:
+            self._give_up(
+                f"4-bit layers compute in {layer.compute_dtype} for inputs of {x.dtype}", "attention and MLPs"
+            )
+        return mixed
+
     @contextmanager
     def active(self) -> Iterator[None]:
         """The lean forwards are in place meanwhile, for forwards, recomputations and backwards."""
         changed = []
         reasons = [obstacle_of() for *_, obstacle_of in self._forwards]
-        for reason in set(reasons) - self._given_up - {""}:
-            logger.warning(
-                "%d modules of %s are computed as they are from now on: since the trainer was built, %s.",
-                reasons.count(reason), model_class(self.model), reason,
-            )  # fmt: skip
-            self._given_up.add(reason)
+        for reason in sorted(set(reasons) - {""}):
+            self._give_up(reason, f"{reasons.count(reason)} modules, since the trainer was built")
         try:
             for (module, forward, _), reason in zip(self._forwards, reasons, strict=True):
-                if reason:
-                    continue
-                for each in module.modules():  # none of which is called
-                    if replaced(each):
-                        raise RuntimeError(
-                            f"a {type(each).__name__} was given a hook or another forward after the trainer was built. "
-                            "Do that before, or set lean_body='off'."
-                        )
-                vars(module)["forward"] = forward
-                changed.append(module)
+                if not reason:
+                    vars(module)["forward"] = forward
+                    changed.append(module)
             yield
         finally:
             for module in changed:
@@ -176,6 +193,12 @@ def _layers(model: PreTrainedModel, count: int) -> dict[str, nn.Module]:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return {f"{name}.{i}": layer for i, layer in enumerate(module)}
     return {}
+
+
+def _obstacle(module: nn.Module, architecture: Architecture, obstacle_of: Callable[[Any, Architecture], str]) -> str:
+    """Why a module keeps its forward, or "". Modules below it, none of which is called, count as well."""
+    below = next((reason for each in module.modules() if (reason := replaced(each))), "")
+    return below or architecture.patched(module) or obstacle_of(module, architecture)
 
 
 def _alike(modules: Sequence[Any]) -> str:

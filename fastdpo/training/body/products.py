@@ -43,7 +43,7 @@ class Products:
         self.dtype = autocast or first.weight.dtype
         self.out_dtype = self.dtype
         if is_4bit(first):  # computes in a dtype of its own, whatever autocast says, and returns its input's
-            self.dtype, self.out_dtype = _compute_dtype(first, x_dtype), x_dtype
+            self.dtype, self.out_dtype = compute_dtype(first, x_dtype), x_dtype
         adapters = [each for projection in self.projections for each in projection.adapters]
         self.lora_dtype = autocast or (adapters[0].a.dtype if adapters else self.dtype)
         self.trained: list[Tensor] = []
@@ -252,7 +252,7 @@ class Gradients:
         return [grad if wanted else None for grad, wanted in zip(found, self.wanted, strict=True)]
 
 
-def _compute_dtype(layer: Any, x_dtype: torch.dtype) -> torch.dtype:
+def compute_dtype(layer: Any, x_dtype: torch.dtype) -> torch.dtype:
     """As the layer itself settles it in its first forward."""
     if not layer.compute_type_is_set and x_dtype in (torch.float32, torch.bfloat16):
         return x_dtype

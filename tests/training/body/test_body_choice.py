@@ -17,6 +17,7 @@ from torch import Tensor
 
 import fastdpo.training.body.mlp
 from fastdpo.training.body import BodyChoice
+from fastdpo.training.body.products import Gradients
 from fastdpo.training.rows.layout import PLAIN
 from fastdpo.training.scoring import CompletionScorer
 
@@ -151,3 +152,20 @@ def test_a_check_that_memory_does_not_hold(
     assert len(made.bodies) == bodies
     assert tried == ([48, 24, 12, 12] if bodies else [48, 24, 12, 6])
     assert ("memory does not hold the check" in caplog.text) == (not bodies)
+
+
+def test_modules_to_save_do_not_keep_a_body_from_being_demanded(tmp_path: Path) -> None:
+    model = with_lora("Llama", modules_to_save=["input_layernorm"])
+    (body,) = settle(choice(model, tmp_path, lean_body="on")).bodies
+    assert len(body.left["it is trained as a whole (modules_to_save)"]) == 2
+
+
+def test_a_factor_is_seen_in_16_bits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Gradients that are 1.1 times the true ones hide among the roundings of each, and not over all layers."""
+    model = with_lora("Llama", dtype=torch.bfloat16)
+    assert settle(choice(model, tmp_path, bf16=True)).bodies
+    own = Gradients.listed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Gradients, "listed", lambda self: [None if g is None else 1.1 * g for g in own(self)])
+        assert not settle(choice(model, tmp_path, bf16=True)).bodies
+    assert "times the untouched model's over all layers" in caplog.text

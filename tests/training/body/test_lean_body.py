@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from bitsandbytes.nn import Linear4bit
 from families import batch
 from lean_models import ARCHITECTURES, LARGE, SMALL, errors, gradients, relative, untouched, with_lora
 from packed_rows import LAYOUTS
 from peft.tuners.lora import LoraLayer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.llama import modeling_llama
 
 from fastdpo.training.body import LeanBody
 from fastdpo.training.memory.plan import enable_checkpointing
@@ -194,7 +196,7 @@ def test_only_while_active_and_only_this_instance() -> None:
     assert {name: id(type(m).forward) for name, m in model.named_modules()} == before
 
 
-def test_layers_of_somebody_else_are_left_alone() -> None:
+def test_layers_of_somebody_else_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
     """A replaced MLP, a hook, a replaced forward: each is named, and its results are its own."""
     model = with_lora("Llama")
     first, second = model.base_model.model.model.layers
@@ -208,8 +210,37 @@ def test_layers_of_somebody_else_are_left_alone() -> None:
     assert max(errors(gradients(model, body), gradients(model, None))) < TOLERANCE
     assert calls == ["hook", "hook"]
     first.mlp.register_forward_hook(lambda *_: None)
-    with pytest.raises(RuntimeError, match="after the trainer was built"), body.active():
-        pass
+    with body.active():
+        assert "forward" not in vars(first.mlp)
+        assert "forward" in vars(first.input_layernorm)
+    assert "1 modules, since the trainer was built: a hook is registered on it" in caplog.text
+
+
+@pytest.mark.parametrize("what", ["LlamaMLP", "apply_rotary_pos_emb"])
+def test_a_patched_class_is_left_alone(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_lora("Llama")
+    if what == "LlamaMLP":
+        own = modeling_llama.LlamaMLP.forward
+        monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, x: 2 * own(self, x))
+    else:
+        monkeypatch.setattr(modeling_llama, what, lambda q, k, cos, sin, unsqueeze_dim=1: (q, k))
+    body = LeanBody(model, SMALL)
+    assert all("modeling_llama's own" in reason for reason in body.left)
+    assert max(errors(gradients(model, body), gradients(model, None))) < TOLERANCE
+
+
+def test_products_narrower_than_the_hidden_states(caplog: pytest.LogCaptureFixture) -> None:
+    """bfloat16 products for float32 hidden states: LoRA's small share keeps its digits, as peft adds it in float32."""
+    model = with_lora("Llama", quantized=True)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = torch.bfloat16
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data *= 1e-3
+    expected = gradients(model, None)
+    assert max(errors(gradients(model, LeanBody(model, SMALL)), expected)) < TOLERANCE
+    assert "4-bit layers compute in torch.bfloat16 for inputs of torch.float32" in caplog.text
 
 
 def dropping(model: Any) -> None:

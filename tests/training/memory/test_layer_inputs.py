@@ -349,7 +349,9 @@ class RunsOut:
 @pytest.mark.parametrize("micro_batch_tokens", [100, 1])
 def test_the_host_s_memory_is_taken_before_the_first_step(micro_batch_tokens: int, tmp_path: Path) -> None:
     """By hand: 2 layers, 32 numbers of 4 bytes, for the largest micro-batch that there will be."""
-    trainer = tiny.trainer(tmp_path, micro_batch_tokens=micro_batch_tokens, max_steps=1, gradient_checkpointing=True)
+    trainer = tiny.trainer(
+        tmp_path, micro_batch_tokens=micro_batch_tokens, max_steps=1, gradient_checkpointing=True, lean_body="off"
+    )
     copies = LateCopies()
     trainer.parts.memory.layer_inputs = LayerInputs(trainer.model, copies)
     with copies:
@@ -363,7 +365,7 @@ def test_too_little_memory_on_the_host_ends_a_run_before_it_computes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory_trial, "free_host_memory", lambda: 2 * 30 * 32 * 4)
-    trainer = tiny.trainer(tmp_path, gradient_checkpointing=True)
+    trainer = tiny.trainer(tmp_path, gradient_checkpointing=True, lean_body="off")
     trainer.parts.memory.layer_inputs = LayerInputs(trainer.model, copies := LateCopies())
     with pytest.raises(OutOfMemory, match=r"keeps the inputs of 2 layers on the host.*for the longest pair of "):
         trainer.train()

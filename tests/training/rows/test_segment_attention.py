@@ -220,7 +220,8 @@ def test_deterministic_attention(wanted: bool, tmp_path: Path, monkeypatch: pyte
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     attend = attention._per_segment
     monkeypatch.setattr(attention, "_per_segment", lambda *args: _Deterministic.apply(attend(*args)))
-    trainer = tiny.trainer(tmp_path, max_steps=1, deterministic_attention=wanted, micro_batch_tokens="60")
+    options = {"deterministic_attention": wanted, "micro_batch_tokens": "60", "lean_body": "off"}
+    trainer = tiny.trainer(tmp_path, max_steps=1, **options)
     trainer.train()
     assert set(_Deterministic.seen) == {(wanted, False)}
     assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if wanted else None)
