@@ -31,7 +31,10 @@ def estimator(tied: bool = False, **overrides: Any) -> MemoryEstimator:
     ("options", "message"),
     [
         ({}, "longest_pair=True is for cards: name one or several, such as --gpu_memory 12GB"),
-        ({"gpu_memory": ["8GB"], "micro_batch_tokens": "64"}, "micro_batch_tokens='64' has no effect here: the longest"),
+        (
+            {"gpu_memory": ["8GB"], "micro_batch_tokens": "64"},
+            "micro_batch_tokens='64' has no effect here: the longest",
+        ),
         ({"gpu_memory": ["8GB"], "per_device_train_batch_size": 3}, "per_device_train_batch_size=3 has no effect here"),
     ],
 )
@@ -69,7 +72,7 @@ def test_the_host_holds_the_inputs_of_all_layers_and_the_embeddings_in_whole_pag
 
 
 def test_tied_embeddings_are_refused_as_in_training() -> None:
-    with pytest.raises(ValueError, match="model_name_or_path, a LlamaForCausalLM, cannot stay .* its weight is tied"):
+    with pytest.raises(ValueError, match=r"model_name_or_path, a LlamaForCausalLM, cannot stay .* its weight is tied"):
         estimator(tied=True, offload_embeddings=True)
 
 
@@ -99,4 +102,5 @@ def test_one_more_layer_is_counted_for_one_row_and_says_what_counts_of_their_own
     assert made._keepers is not None
     for row, each in zip(rows, found, strict=True):
         few, more = (made._at_depth(skeleton, row) for skeleton in made.skeletons)
-        assert each.training == {site: few.training[site] + 2 * (more.training[site] - few.training[site]) for site in few.training}  # fmt: skip
+        layer = {site: more.training[site] - few.training[site] for site in few.training}
+        assert each.training == {site: few.training[site] + 2 * layer[site] for site in layer}

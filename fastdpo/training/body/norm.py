@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from fastdpo.training.body.labels import NORMS, part
 
+
 @dataclass(frozen=True)
 class NormKind:
     """eps: the attribute of ε. offset: added to the weight. rounds_first: x r is rounded before w is applied."""

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from fastdpo.training.body.labels import ATTENTION, part
 
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, elements: int = 2**20) -> Tensor:
     """x (R, T, heads, D), cos and sin (R or 1, T, D' ≤ D) → (R, T, heads, D). elements: of a slice of tokens."""
     y: Tensor = _Rotate.apply(x, cos, sin, elements)
