@@ -287,15 +287,23 @@ class MemoryEstimator:
         For long rows the two are one. Short ones may take less than the form says, which is of whole slices.
         """
         slope = max(1, (self.total(run_of(2 * size), by_form=True) - self.total(run_of(size), by_form=True)) // size)
-        found = 0
+        fits, fails = 0, most + 1
+        last: tuple[int, int] | None = None
         for _ in range(REFINEMENTS):
-            steps = (memory - self.total(run_of(size))) // slope
-            found = max(found, size) if steps >= 0 else found
-            nearer = int(min(max(size + steps, least), most))
+            total = self.total(run_of(size))
+            if total <= memory:
+                fits = max(fits, size)
+            else:
+                fails = min(fails, size)
+            if last is not None:  # below a slice rows grow faster than the form says
+                slope = max(1, (total - last[1]) // (size - last[0]))
+            last = size, total
+            steps = (memory - total) // slope
+            nearer = int(min(max(size + steps, least, fits), most, fails - 1))
             if 0 <= steps < TOKEN_STEP or nearer == size:
                 break
             size = nearer
-        return found
+        return fits
 
     def _offloaded(self, live: Live, row: Row, run: Run) -> Live:
         """`live` with the inputs of layers on the host, but that of the layer at work and the one that comes next."""
