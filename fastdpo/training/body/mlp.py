@@ -52,7 +52,7 @@ class Tiles:
     def on_cpu(cls) -> Tiles:
         """A slice stays near the caches; a few MiB of weights are nothing. 4 MiB of float32 are in a cache for a second
         pass."""
-        return cls(16 * 2**20)
+        return cls(32 * 2**20)
 
     @classmethod
     def on_gpu(cls, memory: int) -> Tiles:

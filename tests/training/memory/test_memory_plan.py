@@ -211,7 +211,7 @@ def test_other_errors_are_not_taken_for_it(tmp_path: Path) -> None:
     trainer = build(tmp_path, broken)
     with pytest.raises(RuntimeError, match=r"^size mismatch$"):
         trainer.train()
-    assert (trainer.parts.memory.train_tokens, trainer.parts.memory.score_tokens) == (1024, 4096)
+    assert (trainer.parts.memory.train_tokens, trainer.parts.memory.score_tokens) == (1536, 6144)
     memory = [torch.OutOfMemoryError("…"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
     others = [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("out of memory")]
     assert [is_out_of_memory(error) for error in memory + others] == [True] * 3 + [False] * 2
@@ -321,7 +321,7 @@ def test_a_trial_leaves_nothing_behind(tmp_path: Path) -> None:
     assert all(torch.equal(p, weights[name]) for name, p in trainer.model.named_parameters())
     assert trainer.model.config._attn_implementation == attention != "fastdpo_segments"
     assert trainer.model.training
-    assert trainer.parts.memory.train_tokens == 1024, "settled by who asked for the trial"
+    assert trainer.parts.memory.train_tokens == 1536, "settled by who asked for the trial"
     assert trainer.parts.trial.tokens_within(2**30, trainer.train_dataset[0]) > 1000
     assert torch.equal(random, torch.get_rng_state())
 
