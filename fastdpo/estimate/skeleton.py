@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedCon
 from fastdpo.shown import shown
 from fastdpo.training.body import LeanBody, Tiles
 from fastdpo.training.body.choice import cannot_be_had
+from fastdpo.training.body.projections import is_4bit
 from fastdpo.training.memory.plan import enable_checkpointing
 from fastdpo.training.models.dropout import disable_dropout
 from fastdpo.training.models.loading import lora_config, quantization_config
@@ -192,11 +193,6 @@ def _fill(model: nn.Module) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-
-
-def is_4bit(module: nn.Module) -> bool:
-    """Whether `module` is bitsandbytes' 4-bit linear layer, without importing bitsandbytes."""
-    return type(module).__name__ == "Linear4bit" and type(module).__module__.startswith("bitsandbytes")
 
 
 def _packed_weight(layer: Any) -> nn.Parameter:

@@ -26,8 +26,10 @@ from fastdpo.ops.linear_logprob.tiles import FUSED_ROWS, MAX_ROWS
 
 #: The order of the report.
 KINDS = ("frozen GEMMs", "dequantisation", "LoRA", "attention", "norms, activations, copies", "head", "optimizer")
-_ATEN = torch.ops.aten
-_GEMMS = {_ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default, _ATEN.baddbmm.default}
+#: Products, whether they make their result, write it into a tensor that is given, or add to it.
+_GEMMS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
+#: Adapters whose A are multiplied together at most: of queries, keys and values.
+_STACKED = 3
 #: Bytes per parameter that AdamW reads and writes beside its states: the parameter twice, its gradient once.
 _OPTIMIZER_BYTES = 12
 
@@ -92,11 +94,12 @@ class OperatorTimes(TorchDispatchMode):
             return [Work("attention", self._attention_flops(name, args), moved)]
         if name.startswith("fastdpo."):
             return [Work("head", 0, moved)]
-        if func in _GEMMS:
+        if func._schema.name in _GEMMS:
             first, second = args[-2:]
             flops = 2 * first.numel() * second.shape[-1]
-            kind = "LoRA" if self.rank in (*first.shape, *second.shape) else "frozen GEMMs"
-            return [Work(kind, flops, moved)]
+            ranks = [self.rank * count for count in range(1, _STACKED + 1)] if self.rank else []
+            kind = "LoRA" if min(*first.shape[-2:], second.shape[-1]) in ranks else "frozen GEMMs"
+            return [Work(kind, flops, _bytes((args, result)))]
         return [Work("norms, activations, copies", 0, moved)]
 
     def _attention_flops(self, name: str, args: Any) -> float:

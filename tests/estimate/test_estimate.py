@@ -210,6 +210,17 @@ def test_attention_keeps_no_scores() -> None:
         assert per_token(counter, PairShape(10, 10)) == pytest.approx(per_token(counter, PairShape(80, 80)), rel=1e-3)
 
 
+def test_work_of_a_lean_body_is_that_of_its_modules() -> None:
+    """Its products write into tensors and add to them, and those with A are one: the frozen FLOPs stay the same."""
+    row = Row(2 * SHAPE.tokens, SHAPE)
+    lean, plain = (
+        time_micro_batch(ConfigCounter(config(), training(lean_body=body)), row, GPUS[0], training=True).flops
+        for body in ("on", "off")
+    )
+    assert lean["frozen GEMMs"] == plain["frozen GEMMs"] > 0
+    assert lean["LoRA"] == pytest.approx(plain["LoRA"], rel=0.02)
+
+
 def test_work_is_counted_as_the_formulas_say() -> None:
     """FLOPs of a two-layer Llama: 2 per weight and token forward, as many backward for the inputs, except for q, k and
     v of the first layer, as the embedding is frozen; a LoRA's weights have gradients too. Attention by pairs of query

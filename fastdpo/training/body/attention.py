@@ -27,7 +27,6 @@ class AttentionKind:
     norms: of queries and keys, over each head or over all of them, by modules `q_norm` and `k_norm`.
     window: where the sliding window is kept: by the module, in the configuration, or it has none.
     softcap: whether the attention function is given one.
-    eager: what attends where the implementation is "eager"; of the module's own file.
     """
 
     fused: bool = False

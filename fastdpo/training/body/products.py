@@ -79,11 +79,6 @@ class Products:
         """Free the copies of A and B, which every layer's graph would otherwise hold until its backward."""
         self._factors = None
 
-    @property
-    def kinds(self) -> tuple[torch.dtype, ...]:
-        """What has to be alike for layers to be served together."""
-        return (self.dtype, self.lora_dtype, self.out_dtype)
-
     def merges(self, rows: int) -> bool:
         """Whether LoRA goes by way of the weights for so many rows: O·I twice for rows·O and rows·I."""
         first, outputs = self.projections[0], sum(projection.out_features for projection in self.projections)
